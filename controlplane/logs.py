@@ -1,0 +1,67 @@
+"""Log lines: one event a line, for people (`text`) or for Loki (`json`: one flat object).
+
+Code logs with loguru, fields as keyword arguments: `logger.info("job submitted", replica=name, job_id=4711)`; the
+sentence comes first, the fields are the event's. What libraries write through `logging` passes through here as well.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import sys
+from typing import TYPE_CHECKING, Literal, TextIO
+
+from loguru import logger
+
+if TYPE_CHECKING:
+    from loguru import Message, Record
+
+
+def configure(*, level: str = "info", form: Literal["json", "text"] = "json", stream: TextIO = sys.stderr) -> None:
+    """Set up the one sink of this process. May be called again; the last call counts."""
+    logger.remove()
+    if form == "json":
+        logger.add(lambda message: _write_json(message, stream), level=level.upper(), format="{message}")
+    else:
+        logger.add(stream, level=level.upper(), format=_text_format, backtrace=False, diagnose=False)
+    logging.basicConfig(handlers=[_ToLoguru()], level=logging.INFO, force=True)
+    for name in ("httpx", "httpcore", "yoyo", "uvicorn.access"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _write_json(message: Message, stream: TextIO) -> None:
+    record = message.record
+    line: dict[str, object] = {
+        "time": record["time"].isoformat(),
+        "level": record["level"].name.lower(),
+        "event": record["message"],
+        "source": record["name"],
+        **record["extra"],
+    }
+    if (exception := record["exception"]) is not None:
+        line["exception"] = f"{getattr(exception.type, '__name__', exception.type)}: {exception.value}"
+        line["traceback"] = str(message).split("\n", 1)[-1]
+    stream.write(json.dumps(line, default=str) + "\n")
+    stream.flush()
+
+
+def _text_format(record: Record) -> str:
+    fields = " ".join(f"{key}={{extra[{key}]}}" for key in record["extra"])
+    return (
+        "<green>{time:HH:mm:ss.SSS}</green> <level>{level: <7}</level> {message} <dim>" + fields + "</dim>\n{exception}"
+    )
+
+
+class _ToLoguru(logging.Handler):
+    """Hands a library's record to loguru, as if it had been logged where it was."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            level: str | int = logger.level(record.levelname).name
+        except ValueError:
+            level = record.levelno
+        frame, depth = inspect.currentframe(), 0
+        while frame and (depth == 0 or frame.f_code.co_filename == logging.__file__):
+            frame, depth = frame.f_back, depth + 1
+        logger.opt(depth=depth, exception=record.exc_info).log(level, record.getMessage())
