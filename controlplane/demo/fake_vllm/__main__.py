@@ -1,0 +1,122 @@
+"""`python -m controlplane.demo.fake_vllm --model NAME --port P ...`: the fake as a process.
+
+The socket is bound before the model "loads" and listens only after that, so probes are refused until everything
+answers. A port that somebody listens on ends the process with exit code 1. The API key is best given by VLLM_API_KEY,
+which keeps it out of the process list.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import uvloop
+
+from controlplane.demo.fake_vllm.api import ApiOptions
+from controlplane.demo.fake_vllm.dcgm import GpuOptions, visible_gpus
+from controlplane.demo.fake_vllm.engine import EngineOptions
+from controlplane.demo.fake_vllm.faults import parse_fault_flags
+from controlplane.demo.fake_vllm.prompts import ServedModel
+from controlplane.demo.fake_vllm.server import ServerOptions, serve
+
+_Number = TypeVar("_Number", int, float)
+
+
+def main(arguments: list[str]) -> int:
+    """Serve until told to stop; return the exit code."""
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    if given.max_model_len > given.kv_cache_tokens:
+        parser.error("--max-model-len must not be larger than --kv-cache-tokens: one request must fit")
+    try:
+        plan = parse_fault_flags(given.fault)
+    except ValueError as error:
+        parser.error(f"--fault: {error}")
+    keys = given.api_key or [key for key in (os.environ.get("VLLM_API_KEY"),) if key]
+    options = ServerOptions(
+        api=ApiOptions(
+            model=ServedModel(tuple(given.served_model_name or [given.model]), given.model, given.max_model_len),
+            task=given.task,
+            api_keys=tuple(keys),
+        ),
+        engine=EngineOptions(
+            max_num_seqs=given.max_num_seqs,
+            tokens_per_second=given.tokens_per_second,
+            kv_cache_tokens=given.kv_cache_tokens,
+            max_num_queued_reqs=given.max_num_queued_reqs,
+        ),
+        gpus=GpuOptions(
+            node=given.node,
+            indices=visible_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"), given.gpus),
+            job_id=os.environ.get("SLURM_JOB_ID", ""),
+        ),
+        shutdown_timeout_seconds=given.shutdown_timeout,
+        fault_plan=plan,
+    )
+    try:
+        bound = _bind(given.host, given.port)
+        time.sleep(given.load_seconds + plan.slow_start_seconds)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(serve(options, bound))
+    except OSError as error:
+        print(f"OSError: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen yet: as with vLLM, two such may share a port until one listens."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.bind((host, port))
+    return bound
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m controlplane.demo.fake_vllm", description="A stand-in for vLLM.")
+    add = parser.add_argument
+    add("--model", required=True, help="what is served; reported as the root of the model list")
+    add("--served-model-name", nargs="+", help="names that clients use, the first one in metrics; default: --model")
+    add("--host", default="127.0.0.1")
+    add("--port", type=int, default=8000)
+    add("--api-key", nargs="+", help="keys that open /v1 and /fault; default: VLLM_API_KEY, else no key is needed")
+    add("--task", choices=("generate", "embed"), default="generate")
+    add("--max-model-len", type=_more_than_zero(int), default=8192, help="tokens of prompt and output together")
+    add("--max-num-seqs", type=_more_than_zero(int), default=16, help="requests that run at the same time")
+    add("--max-num-queued-reqs", type=_more_than_zero(int), help="running and waiting requests; default: no limit")
+    add("--tokens-per-second", type=_more_than_zero(float), default=30.0, help="decode speed of each request")
+    add("--kv-cache-tokens", type=_more_than_zero(int), default=131072)
+    add("--load-seconds", type=_zero_or_more, default=0.0, help="time until the port listens")
+    add("--shutdown-timeout", type=_zero_or_more, default=0.0, help="seconds that requests may go on after SIGTERM")
+    add("--gpus", type=int, default=1, help="GPUs in /dcgm/metrics, unless CUDA_VISIBLE_DEVICES names them")
+    add("--node", default=os.environ.get("SLURMD_NODENAME") or socket.gethostname())
+    add("--fault", action="append", default=[], help="slow-start[=SECONDS], crash-after=SECONDS or error-rate=SHARE")
+    return parser
+
+
+def _more_than_zero(kind: Callable[[str], _Number]) -> Callable[[str], _Number]:
+    def parse(text: str) -> _Number:
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError("must be more than 0")
+        return value
+
+    return parse
+
+
+def _zero_or_more(text: str) -> float:
+    value = float(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError("must be 0 or more")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
