@@ -1,0 +1,52 @@
+"""Which endpoint gets the next request, and whether a request that failed there may be sent to another one.
+
+Least in-flight: the work of one request differs a thousandfold between prompts, so that taking turns would pile the
+long ones up somewhere; counting what is unfinished does not. Ties are broken by chance, because several proxies count
+apart and would otherwise all choose the same endpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from enum import StrEnum
+from random import Random
+
+from controlplane.core.types import RoutableEndpoint
+
+
+class Failure(StrEnum):
+    """How far a request had got at the upstream that failed it."""
+
+    REFUSED = "refused"  # no connection was made: refused, unreachable, name or certificate wrong
+    CONNECT_TIMEOUT = "connect_timeout"  # no connection was made in time
+    LOST = "lost"  # connected, then closed without an answer: the request may have been received
+    LATE = "late"  # connected, and no byte of the answer in time: it is probably being worked on
+    BROKEN = "broken"  # the answer ended before its end
+
+
+_NOTHING_WAS_SENT = frozenset({Failure.REFUSED, Failure.CONNECT_TIMEOUT})
+
+
+def pick(
+    endpoints: Sequence[RoutableEndpoint],
+    in_flight: Mapping[str, int],
+    rng: Random,
+    excluded: Collection[str] = (),
+) -> RoutableEndpoint | None:
+    """One of the endpoints with the fewest requests in flight; None when all are excluded.
+
+    `in_flight` and `excluded` go by URL: that is what has a load, and what can be unreachable.
+    """
+    candidates = [endpoint for endpoint in endpoints if endpoint.url not in excluded]
+    if not candidates:
+        return None
+    fewest = min(in_flight.get(endpoint.url, 0) for endpoint in candidates)
+    return rng.choice([endpoint for endpoint in candidates if in_flight.get(endpoint.url, 0) == fewest])
+
+
+def may_retry(failure: Failure) -> bool:
+    """Whether the same request may be sent to another endpoint: only if certainly none of it was received.
+
+    A completion is a POST that costs GPU time and may call tools; sending it twice is never safe (RFC 9110, 9.2.2).
+    """
+    return failure in _NOTHING_WAS_SENT

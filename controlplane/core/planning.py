@@ -1,0 +1,279 @@
+"""What shall be done for one replica set, given what it desires and what there is: actions, decided purely.
+
+A plan may be cut short after any action, or carried out twice: planning again from what came of it converges, and
+never makes more than `max_replicas` of the spec in force exist, nor more than `max_replicas + surge` jobs live.
+
+Whom to let go: PENDING, SUBMITTING (which has to be waited for), QUEUED, RUNNING but not ready, then the fewest
+requests in flight, then the least walltime left, then the newest. What runs always drains first: it may
+have become ready, and been given requests, since it was looked at. The drain of one that never was ready ends at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from controlplane.core.types import (
+    LIVE_PHASES,
+    Action,
+    Create,
+    Endpoint,
+    Health,
+    Move,
+    PastReplica,
+    Phase,
+    Reason,
+    Replica,
+    ReplicaSet,
+    Report,
+    Submit,
+    seconds,
+)
+
+_FAILED_TO_START = frozenset({Reason.CRASHED, Reason.START_TIMEOUT, Reason.REJECTED})
+_LEAVING_ORDER = (Phase.PENDING, Phase.SUBMITTING, Phase.QUEUED, Phase.RUNNING)
+_NO_KNOWN_END = datetime.max.replace(tzinfo=UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRules:
+    drain_settle: timedelta = timedelta(seconds=2)  # proxies notice a drain within this
+    first_back_off: timedelta = timedelta(seconds=10)  # after one failed start; doubles with each further one
+    longest_back_off: timedelta = timedelta(minutes=10)
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """All that a plan for one set depends on. `endpoints` and `ends_at` (walltime's end) by replica name."""
+
+    replica_set: ReplicaSet
+    replicas: tuple[Replica, ...]
+    endpoints: Mapping[str, Endpoint]
+    past: tuple[PastReplica, ...]  # newest first
+    ends_at: Mapping[str, datetime]
+    to_replace: frozenset[str]  # names that an alert asks to replace
+
+    @property
+    def target(self) -> int:
+        return 0 if self.replica_set.is_paused else self.replica_set.desired_replicas
+
+    def endpoint(self, replica: Replica) -> Endpoint | None:
+        return self.endpoints.get(replica.name)
+
+    def is_serving(self, replica: Replica) -> bool:
+        endpoint = self.endpoint(replica)
+        return replica.phase is Phase.RUNNING and endpoint is not None and endpoint.health is Health.READY
+
+
+def plan(scene: Scene, *, now: datetime, rules: PlanRules) -> list[Action]:
+    """Every action that this moment asks for. Moves name the phase and version they were decided from."""
+    actions: list[Action] = []
+    staying: list[Replica] = []
+    returnable: list[Replica] = []
+    may_condemn = _sees_or_has_not_condemned(scene)
+    for replica in scene.replicas:
+        step = _own_step(scene, replica, now)
+        if step is not None and step.reason is Reason.UNHEALTHY and replica.exists:
+            step, may_condemn = (step if may_condemn else None), _sees_any(scene)
+        if step is not None:
+            actions.append(step)
+        elif replica.exists:
+            staying.append(replica)
+        elif _could_return(scene, replica):
+            returnable.append(replica)
+
+    current = [replica for replica in staying if replica.spec_hash == scene.replica_set.spec_hash]
+    outdated = [replica for replica in staying if replica.spec_hash != scene.replica_set.spec_hash]
+    leaving = _too_many(scene, current) + _superseded(scene, current, outdated)
+    for replica in leaving:
+        reason = Reason.ROLLED if replica in outdated and scene.target > 0 else Reason.SCALED_DOWN
+        if (step := let_go(replica, reason, now=now)) is not None:
+            actions.append(step)
+    actions.extend(Submit(replica) for replica in staying if replica.phase is Phase.PENDING and replica not in leaving)
+    missing = _missing(scene, current, outdated)
+    back = returnable[: max(0, missing)]
+    actions.extend(Move(replica, Phase.RUNNING, message="wanted again before it was drained") for replica in back)
+    actions.extend(_additions(scene, current, missing - len(back), now, rules))
+    return actions
+
+
+def let_go(replica: Replica, reason: Reason, *, now: datetime) -> Move | None:
+    """How this replica leaves: drained if its job runs. None: it must be waited for (SUBMITTING), or leaves already."""
+    match replica.phase:
+        case Phase.PENDING:
+            return Move(replica, Phase.ENDED, reason=reason, message="nothing had been asked of Slurm")
+        case Phase.QUEUED:
+            return Move(replica, Phase.STOPPING, reason=reason)
+        case Phase.RUNNING:
+            return _drain(replica, reason, now=now)
+        case _:
+            return None
+
+
+def _drain(replica: Replica, reason: Reason, message: str | None = None, *, now: datetime) -> Move:
+    deadline = now + seconds(replica.spec.drain_timeout_seconds)
+    return Move(replica, Phase.DRAINING, reason=reason, message=message, drain_deadline=deadline)
+
+
+# --- what one replica asks for by itself -----------------------------------------------------------------
+
+
+def _own_step(scene: Scene, replica: Replica, now: datetime) -> Move | None:
+    endpoint = scene.endpoint(replica)
+    if replica.phase is Phase.DRAINING:
+        return _drained(replica, endpoint, now)
+    if replica.name in scene.to_replace:
+        return let_go(replica, Reason.REPLACED, now=now)
+    if replica.phase is not Phase.RUNNING:
+        return None
+    if endpoint is None or endpoint.failing_since is None or endpoint.probed_at is None or not endpoint.fails:
+        return None  # the newest look did not fail, or there was none yet: that is not its fault
+    fails_for = endpoint.probed_at - endpoint.failing_since  # as far as it was looked at
+    if endpoint.health is Health.UNPROVEN and fails_for > seconds(replica.spec.start_timeout_seconds):
+        said = f": {endpoint.message}" if endpoint.message else ""
+        message = f"not ready {replica.spec.start_timeout_seconds} s after it was first looked at{said}"
+        return _drain(replica, Reason.START_TIMEOUT, message, now=now)
+    if endpoint.health is Health.FAILING and fails_for > seconds(replica.spec.unhealthy_timeout_seconds):
+        return _drain(replica, Reason.UNHEALTHY, endpoint.message, now=now)
+    return None
+
+
+def _sees_any(scene: Scene) -> bool:
+    return any(scene.is_serving(replica) for replica in scene.replicas)
+
+
+def _sees_or_has_not_condemned(scene: Scene) -> bool:
+    """May an unhealthy replica be let go? While none of the set can be seen to serve, only one at a time.
+
+    A control plane that lost its network finds all of them failing, and must not empty the site.
+    """
+    return _sees_any(scene) or not any(
+        replica.reason is Reason.UNHEALTHY and replica.phase is not Phase.ENDED for replica in scene.replicas
+    )
+
+
+def is_idle(endpoint: Endpoint | None) -> bool:
+    """Do the endpoint's own metrics say that nothing runs and nothing waits? Not knowing is not idle."""
+    return endpoint is not None and endpoint.running == 0 and endpoint.waiting == 0
+
+
+def idle_since(replica: Replica, endpoint: Endpoint | None, rules: PlanRules) -> datetime | None:
+    """Since when a draining replica is known to be idle: the first probe that said so after the proxies noticed."""
+    if endpoint is None or endpoint.confirmed_at is None or not is_idle(endpoint):
+        return None
+    if endpoint.confirmed_at < replica.phase_since + rules.drain_settle:
+        return None
+    return replica.idle_since or endpoint.confirmed_at
+
+
+def _drained(replica: Replica, endpoint: Endpoint | None, now: datetime) -> Move | None:
+    assert replica.drain_deadline is not None  # the schema says so
+    if endpoint is None or endpoint.first_ready_at is None:
+        return Move(replica, Phase.STOPPING)  # it had never been given a request
+    if now >= replica.drain_deadline:
+        left = "unknown" if endpoint.running is None else endpoint.running + (endpoint.waiting or 0)
+        return Move(replica, Phase.STOPPING, message=f"drain deadline reached; requests cut: {left}")
+    is_said_twice = (
+        replica.idle_since is not None
+        and is_idle(endpoint)
+        and endpoint.confirmed_at is not None
+        and endpoint.confirmed_at > replica.idle_since
+    )
+    return Move(replica, Phase.STOPPING, message="drained: no request was left") if is_said_twice else None
+
+
+# --- what the count asks for -----------------------------------------------------------------------------
+
+
+def _too_many(scene: Scene, current: list[Replica]) -> list[Replica]:
+    excess = len(current) - scene.target
+    return _in_leaving_order(scene, current)[:excess] if excess > 0 else []
+
+
+def _superseded(scene: Scene, current: list[Replica], outdated: list[Replica]) -> list[Replica]:
+    """Of an older spec: what serves nothing leaves at once, the rest as its successors become ready.
+
+    Where no surge lets a successor start beside them, they make room one by one: only while every live replica serves.
+    """
+    serving = [replica for replica in _in_leaving_order(scene, outdated) if scene.is_serving(replica)]
+    useless = [replica for replica in outdated if not scene.is_serving(replica)]
+    ready = sum(scene.is_serving(replica) for replica in current)
+    spare = max(0, ready + len(serving) - scene.target)
+    if _live(scene) == ready + len(serving) == scene.target and _room(scene) <= 0:
+        spare = 1
+    return useless + serving[:spare]
+
+
+def _missing(scene: Scene, current: list[Replica], outdated: list[Replica]) -> int:
+    missing = min(scene.target, scene.replica_set.max_replicas) - len(current)
+    return min(missing, _at_once(scene, current)) if outdated else missing
+
+
+def _at_once(scene: Scene, current: list[Replica]) -> int:
+    """Where care is due, the next one starts when the one before it serves."""
+    return 1 if all(scene.is_serving(replica) for replica in current) else 0
+
+
+def _could_return(scene: Scene, replica: Replica) -> bool:
+    """It drains only because it was one too many, and still is as good as any."""
+    endpoint = scene.endpoint(replica)
+    return (
+        replica.phase is Phase.DRAINING
+        and replica.reason is Reason.SCALED_DOWN
+        and replica.spec_hash == scene.replica_set.spec_hash
+        and endpoint is not None
+        and endpoint.health is Health.READY
+    )
+
+
+def _additions(scene: Scene, current: list[Replica], missing: int, now: datetime, rules: PlanRules) -> list[Action]:
+    missing = min(missing, _room(scene))
+    if missing <= 0:
+        return []
+    failures, resumes_at = back_off(scene, rules)
+    if resumes_at is not None and now < resumes_at:
+        message = f"{failures} failed starts in a row; next try at {resumes_at:%H:%M:%S}: {scene.past[0].message}"
+        return [Report(scene.replica_set.name, message)]
+    if failures:
+        missing = min(missing, _at_once(scene, current))  # one is enough to see whether it starts now
+    return [Create(scene.replica_set.name)] * missing
+
+
+def _live(scene: Scene) -> int:
+    return sum(replica.phase in LIVE_PHASES for replica in scene.replicas)
+
+
+def _room(scene: Scene) -> int:
+    return scene.replica_set.max_replicas + scene.replica_set.spec.surge - _live(scene)
+
+
+def back_off(scene: Scene, rules: PlanRules) -> tuple[int, datetime | None]:
+    """How many starts of this spec failed in a row, and until when no further one is tried.
+
+    What has started since, and still is there, shows that it can be done.
+    """
+    of_spec = [one for one in scene.replicas if one.spec_hash == scene.replica_set.spec_hash]
+    firsts = [endpoint.first_ready_at for one in of_spec if (endpoint := scene.endpoint(one)) is not None]
+    started_at = max((first for first in firsts if first is not None), default=None)
+    failures = 0
+    for past in scene.past:
+        if past.spec_hash != scene.replica_set.spec_hash or (started_at is not None and past.ended_at <= started_at):
+            break
+        if past.was_ready or past.reason not in _FAILED_TO_START:
+            break
+        failures += 1
+    if not failures:
+        return 0, None
+    pause = min(rules.first_back_off * 2 ** min(failures - 1, 20), rules.longest_back_off)
+    return failures, scene.past[0].ended_at + pause
+
+
+def _in_leaving_order(scene: Scene, replicas: Iterable[Replica]) -> list[Replica]:
+    def order(replica: Replica) -> tuple[int, bool, int, datetime, int]:
+        endpoint = scene.endpoint(replica)
+        in_flight = (endpoint.running or 0) + (endpoint.waiting or 0) if endpoint is not None else 0
+        ends_at = scene.ends_at.get(replica.name, _NO_KNOWN_END)
+        return (_LEAVING_ORDER.index(replica.phase), scene.is_serving(replica), in_flight, ends_at, -replica.id)
+
+    return sorted(replicas, key=order)

@@ -1,0 +1,27 @@
+"""Times as other people's JSON writes them."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+
+_RFC3339 = re.compile(
+    r"(?P<seconds>\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d)(?:\.(?P<fraction>\d+))?(?P<zone>[Zz]|[+-]\d\d:\d\d)", re.ASCII
+)
+
+
+def parse_time(text: str) -> datetime:
+    """Read an RFC 3339 time with any zone offset, as UTC. Raises ValueError.
+
+    Go writes up to nine digits of fraction; what is finer than a microsecond is cut, never rounded, so that the same
+    text is the same time wherever it was read.
+    """
+    match = _RFC3339.fullmatch(text)
+    if match is None:
+        raise ValueError("must be an RFC 3339 time, such as 2026-01-31T12:00:00Z")
+    fraction = (match["fraction"] or "0")[:6].ljust(6, "0")
+    zone = "+00:00" if match["zone"] in "Zz" else match["zone"]
+    try:
+        return datetime.fromisoformat(f"{match['seconds'].upper()}.{fraction}{zone}").astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise ValueError("is no time of any calendar") from None

@@ -1,0 +1,474 @@
+"""The nouns of the system: what is wanted, what was seen, and what shall be done about it.
+
+Three small machines describe one replica: `Replica` (what we intend), `SlurmJob` (what Slurm says) and `Endpoint`
+(what probes say). Whether a replica may be given requests is derived from the three and is stored nowhere.
+Every value is immutable; every time is an aware UTC datetime; every duration says its unit or is a `timedelta`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from enum import StrEnum
+
+
+class Phase(StrEnum):
+    """Where a replica stands. Few phases, many reasons: see `Reason`."""
+
+    PENDING = "PENDING"  # wanted; nothing was asked of Slurm yet
+    SUBMITTING = "SUBMITTING"  # a POST may have happened; its outcome is not known
+    QUEUED = "QUEUED"  # the job id is known; the job waits or is being configured
+    RUNNING = "RUNNING"  # the job runs; whether it is ready is the endpoint's business
+    DRAINING = "DRAINING"  # gets no new requests; those in flight finish
+    STOPPING = "STOPPING"  # Slurm was, or is about to be, asked to cancel the job
+    ENDED = "ENDED"  # final; the reason is kept
+
+
+EXISTING_PHASES = frozenset({Phase.PENDING, Phase.SUBMITTING, Phase.QUEUED, Phase.RUNNING})
+"""Phases that count against `max_replicas`: what is on its way out does not."""
+
+LIVE_PHASES = frozenset(set(Phase) - {Phase.ENDED})
+"""Phases that can hold a Slurm job, or are about to: bounded by `max_replicas + surge`."""
+
+
+class Reason(StrEnum):
+    """Why a replica is in its phase: while it leaves, why it leaves; once it has ENDED, why it ended."""
+
+    SCALED_DOWN = "SCALED_DOWN"
+    ROLLED = "ROLLED"  # replaced by a replica of a newer spec
+    REPLACED = "REPLACED"  # an alert or an operator asked for another one in its place
+    DRAINED_BY_OPERATOR = "DRAINED_BY_OPERATOR"
+    CANCELLED_BY_OPERATOR = "CANCELLED_BY_OPERATOR"
+    HANDED_OVER = "HANDED_OVER"
+    START_TIMEOUT = "START_TIMEOUT"
+    UNHEALTHY = "UNHEALTHY"
+    REJECTED = "REJECTED"  # Slurm refused the submit for good
+    LOST = "LOST"  # a complete list does not know the job any more
+    CRASHED = "CRASHED"  # the job ended unasked, whatever its exit code
+    TIME_LIMIT = "TIME_LIMIT"
+    NODE_FAIL = "NODE_FAIL"
+    PREEMPTED = "PREEMPTED"
+    CANCELLED_OUTSIDE = "CANCELLED_OUTSIDE"
+
+
+# --- specs: what operators write ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SlurmResources:
+    """What one replica asks of Slurm. `None` leaves the choice to the cluster's defaults."""
+
+    time_limit_seconds: int
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    nodes: int = 1
+    gpus_per_node: int = 0
+    cpus_per_task: int | None = None
+    memory_mb_per_node: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VllmOptions:
+    """What is served, and with what: the image, the weights, and arguments passed to `vllm serve` as they are."""
+
+    image: str | None = None
+    model_path: str | None = None
+    args: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    load_seconds: int = 0  # fake vLLM only: how long the pretended model load takes
+
+
+@dataclass(frozen=True, slots=True)
+class ExternalEndpoint:
+    """A server that Slurm does not run: probed and routed like any other."""
+
+    url: str
+    api_key: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleUp:
+    step: int = 1
+    cooldown_seconds: int = 60
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleDown:
+    step: int = 1
+    cooldown_seconds: int = 120
+    stabilization_window_seconds: int = 300
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSetSpec:
+    """One template, its resources and its bounds. Exactly one of `slurm` and `endpoints` is given."""
+
+    name: str
+    model: str
+    template: str | None = None
+    priority: int = 100  # of several sets serving one model, the lowest number grows first and shrinks last
+    min_replicas: int = 0
+    max_replicas: int = 1
+    surge: int = 1  # how many live jobs may exist above max_replicas while others drain
+    slurm: SlurmResources | None = None
+    vllm: VllmOptions = field(default_factory=VllmOptions)
+    endpoints: tuple[ExternalEndpoint, ...] = ()
+    scale_up: ScaleUp = field(default_factory=ScaleUp)
+    scale_down: ScaleDown = field(default_factory=ScaleDown)
+    probe: str = "completion"  # completion | chat | embedding | models: what proves that the engine lives
+    start_timeout_seconds: int = 1800  # from RUNNING to the first passed probe
+    drain_timeout_seconds: int = 600
+    unhealthy_timeout_seconds: int = 120
+
+    @property
+    def is_external(self) -> bool:
+        return self.slurm is None
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSet:
+    """A spec and what the control plane has made of it."""
+
+    spec: ReplicaSetSpec
+    desired_replicas: int
+    spec_hash: str  # of the parts that a running job cannot change; a new hash rolls the replicas
+    min_replicas: int  # bounds in force: the spec's, or an operator's
+    max_replicas: int
+    is_paused: bool = False
+    paused_reason: str | None = None
+    paused_until: datetime | None = None
+    scaled_up_at: datetime | None = None
+    scaled_down_at: datetime | None = None
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+
+# --- what is intended and what was seen -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """One desired instance: at most one live Slurm job, never revived."""
+
+    id: int
+    name: str  # `cp-<replica set>-<id>`: unique for ever, it is also the Slurm job's name
+    replica_set: str
+    phase: Phase
+    version: int  # every guarded write of the phase adds one
+    spec: ReplicaSetSpec  # as it was when the replica was created
+    spec_hash: str
+    port: int
+    secret: str = field(repr=False)
+    created_at: datetime
+    phase_since: datetime
+    reason: Reason | None = None
+    message: str | None = None
+    slurm_job_id: int | None = None
+    submitted_at: datetime | None = None  # when the newest POST was about to leave
+    running_since: datetime | None = None
+    drain_deadline: datetime | None = None
+    idle_since: datetime | None = None  # DRAINING only: since when the endpoint's metrics say idle
+
+    @property
+    def exists(self) -> bool:
+        return self.phase in EXISTING_PHASES
+
+
+class JobState(StrEnum):
+    """Slurm's base states, folded to what a decision may depend on."""
+
+    PENDING = "PENDING"
+    RUNNING = "RUNNING"
+    SUSPENDED = "SUSPENDED"
+    COMPLETING = "COMPLETING"  # processes may still live
+    COMPLETED = "COMPLETED"
+    CANCELLED = "CANCELLED"
+    FAILED = "FAILED"
+    TIMEOUT = "TIMEOUT"
+    NODE_FAIL = "NODE_FAIL"
+    PREEMPTED = "PREEMPTED"
+    OUT_OF_MEMORY = "OUT_OF_MEMORY"
+    BOOT_FAIL = "BOOT_FAIL"
+    DEADLINE = "DEADLINE"
+    UNKNOWN = "UNKNOWN"  # a state this version has never heard of: never acted upon
+
+
+OVER_STATES = frozenset(
+    {
+        JobState.COMPLETED,
+        JobState.CANCELLED,
+        JobState.FAILED,
+        JobState.TIMEOUT,
+        JobState.NODE_FAIL,
+        JobState.PREEMPTED,
+        JobState.OUT_OF_MEMORY,
+        JobState.BOOT_FAIL,
+        JobState.DEADLINE,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SlurmJob:
+    """One job as slurmrestd showed it."""
+
+    job_id: int
+    name: str
+    user_name: str
+    state: JobState
+    comment: str = ""
+    state_reason: str = ""
+    is_held: bool = False
+    nodes: str = ""  # Slurm's node list expression, as given
+    batch_host: str = ""
+    submitted_at: datetime | None = None
+    started_at: datetime | None = None  # for a pending job: Slurm's estimate, if it has one
+    ends_at: datetime | None = None  # while running: the walltime's end
+    exit_code: int | None = None
+    signal: int | None = None
+    restart_count: int = 0
+    raw_state: str = ""  # the words Slurm used, for people
+
+    @property
+    def is_over(self) -> bool:
+        return self.state in OVER_STATES
+
+
+@dataclass(frozen=True, slots=True)
+class JobList:
+    """A complete answer to "which jobs are there": what it does not name was Absent at `asked_at`.
+
+    No answer, or a partial one, is never a JobList: adapters raise instead, and the round knows nothing.
+    """
+
+    jobs: tuple[SlurmJob, ...]
+    asked_at: datetime  # when the request left: later facts cannot be denied by this list
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """No answer, a partial one, or one that cannot be read. Never a permission to submit or to cancel."""
+
+    message: str
+
+
+class Health(StrEnum):
+    UNPROVEN = "UNPROVEN"  # has not passed yet
+    READY = "READY"
+    FAILING = "FAILING"
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """`http://host:port` where a replica serves, and what probes have found there."""
+
+    id: int
+    replica_set: str
+    model: str
+    url: str
+    api_key: str | None = field(repr=False)
+    replica: str | None = None  # None: Slurm does not run it
+    is_draining: bool = False  # its replica is
+    health: Health = Health.UNPROVEN
+    passes: int = 0  # consecutive
+    fails: int = 0  # consecutive
+    first_ready_at: datetime | None = None
+    failing_since: datetime | None = None
+    probed_at: datetime | None = None  # newest look, passed or failed
+    confirmed_at: datetime | None = None  # newest passed probe
+    running: int | None = None  # requests, from the endpoint's own metrics; None: not known
+    waiting: int | None = None
+    generated_tokens: float | None = None  # counter, to see an engine move that is too busy to answer
+    message: str | None = None  # what the newest failed probe said
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeResult:
+    """One look at an endpoint. `is_foreign`: something answered, and it is not ours."""
+
+    passed: bool
+    message: str | None = None
+    is_foreign: bool = False
+    running: int | None = None
+    waiting: int | None = None
+    generated_tokens: float | None = None
+
+
+class AlertAction(StrEnum):
+    SCALE_UP = "scale_up"
+    SCALE_DOWN = "scale_down"
+    REPLACE = "replace"
+    DRAIN_NODE = "drain_node"
+
+
+@dataclass(frozen=True, slots=True)
+class Alert:
+    """One alert instance as a level: while it is firing and fresh, it presses."""
+
+    source: str  # grafana | alertmanager
+    org_id: int
+    fingerprint: str
+    alertname: str
+    is_firing: bool
+    starts_at: datetime
+    ends_at: datetime | None
+    refreshed_at: datetime  # newest delivery or pull that confirmed it
+    labels: Mapping[str, str] = field(default_factory=dict)
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    values: Mapping[str, float] = field(default_factory=dict)
+    action: AlertAction | None = None  # None: stored and shown, never acted upon
+    ignored_reason: str | None = None
+    step: int | None = None
+
+    @property
+    def key(self) -> str:
+        return f"{self.source}/{self.org_id}/{self.fingerprint}"
+
+
+# --- what was decided and what shall be done ------------------------------------------------------------
+
+
+class DecisionReason(StrEnum):
+    STEADY = "STEADY"
+    PAUSED = "PAUSED"
+    BELOW_MIN = "BELOW_MIN"
+    ABOVE_MAX = "ABOVE_MAX"
+    SCALED_UP = "SCALED_UP"
+    SCALED_DOWN = "SCALED_DOWN"
+    AT_MAX = "AT_MAX"  # wanted more; the bound refused
+    AT_MIN = "AT_MIN"
+    STARTING = "STARTING"  # wanted more; one is still starting
+    COOLDOWN = "COOLDOWN"
+    STABILIZING = "STABILIZING"  # wanted fewer; up-pressure was felt too recently
+    OPERATOR = "OPERATOR"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """How many replicas a set shall have, and why: one sentence a person can read."""
+
+    replica_set: str
+    desired: int
+    previous: int
+    reason: DecisionReason
+    explanation: str
+    alerts: tuple[str, ...] = ()  # keys of the alerts that pressed
+
+    @property
+    def changes_desired(self) -> bool:
+        return self.desired != self.previous
+
+
+@dataclass(frozen=True, slots=True)
+class PastReplica:
+    """What is worth remembering of a replica that has ended."""
+
+    name: str
+    replica_set: str
+    spec_hash: str
+    reason: Reason
+    message: str | None
+    ended_at: datetime
+    was_ready: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Create:
+    replica_set: str
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    replica: Replica
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    replica: Replica
+
+
+@dataclass(frozen=True, slots=True)
+class CancelJob:
+    """Ask Slurm to end this job, after a fresh answer has shown our name and user on it."""
+
+    job_id: int
+    job_name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A guarded write: only if the replica still is in `replica.phase` at `replica.version`."""
+
+    replica: Replica
+    to: Phase
+    reason: Reason | None = None
+    message: str | None = None
+    slurm_job_id: int | None = None  # set: recorded with the move
+    drain_deadline: datetime | None = None
+    running_since: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Nothing may be done about it yet, but an operator should know."""
+
+    subject: str
+    message: str
+
+
+Action = Create | Submit | Release | CancelJob | Move | Report
+
+
+def seconds(value: int) -> timedelta:
+    """Spec fields end in `_seconds` and are integers; arithmetic is done on `timedelta`."""
+    return timedelta(seconds=value)
+
+
+# --- what the proxy is told -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RoutableEndpoint:
+    """A row of the view `routable_endpoints`: may be given requests now."""
+
+    endpoint_id: int
+    model: str
+    replica_set: str
+    priority: int
+    url: str
+    api_key: str | None = field(repr=False)
+    replica: str | None
+    first_ready_at: datetime
+    ends_at: datetime | None  # the walltime's end; None: none is known
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A row of the view `served_models`: a model that some replica set serves, now or when asked to."""
+
+    model: str
+    created_at: datetime
+    is_paused: bool  # by every set that serves it
+    paused_until: datetime | None
+    routable: int
+    starting_since: datetime | None  # the oldest replica that is not ready yet
+    start_seconds_p95: float | None  # measured, creation to ready; None: never measured
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """Who may ask, and for what. The key itself is known to its owner only."""
+
+    id: int
+    tenant: str
+    prefix: str
+    key_hash: bytes = field(repr=False)
+    models: frozenset[str] | None  # None: every model
+    created_at: datetime
+    expires_at: datetime | None
+    revoked_at: datetime | None = None
