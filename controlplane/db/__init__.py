@@ -1,0 +1,23 @@
+"""The only room that speaks SQL. One file per noun; psycopg's exceptions stop at this door.
+
+`Database` is the pool; the functions of the nouns' modules take it and read or write in one short transaction each.
+A write that depends on what was read is guarded (`WHERE phase = ... AND version = ...`) and raises `Stale` when
+somebody else has moved on; callers drop such a write and look again in their next round.
+"""
+
+from controlplane.db.errors import DatabaseError, DbUnavailable, Duplicate, NotFound, Stale
+from controlplane.db.migrate import migrate, missing_migrations, pending_migrations
+from controlplane.db.pool import Database, DatabaseOptions
+
+__all__ = [
+    "Database",
+    "DatabaseError",
+    "DatabaseOptions",
+    "DbUnavailable",
+    "Duplicate",
+    "NotFound",
+    "Stale",
+    "migrate",
+    "missing_migrations",
+    "pending_migrations",
+]

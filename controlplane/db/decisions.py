@@ -1,0 +1,66 @@
+"""Decisions: how many replicas a set shall have, why, and who said so. Append-only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from psycopg.rows import DictRow
+
+from controlplane.core.types import Decision, DecisionReason
+from controlplane.db.pool import Connection, Database
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedDecision:
+    id: int
+    at: datetime
+    replica_set: str
+    reason: DecisionReason
+    previous: int
+    desired: int
+    explanation: str
+    alerts: tuple[str, ...]
+    actor: str
+
+
+async def record(connection: Connection, decision: Decision, *, actor: str, now: datetime) -> None:
+    """Write one, in the caller's transaction."""
+    await connection.execute(
+        "INSERT INTO decisions (at, replica_set, reason, previous, desired, explanation, alerts, actor) "
+        "VALUES (%s, %s, %s, %s, %s, %s, %s, %s)",
+        (
+            now,
+            decision.replica_set,
+            decision.reason,
+            decision.previous,
+            decision.desired,
+            decision.explanation,
+            list(decision.alerts),
+            actor,
+        ),
+    )
+
+
+async def load_latest(db: Database) -> dict[str, RecordedDecision]:
+    """The newest decision of every replica set that has one."""
+    async with db.connection() as connection:
+        cursor = await connection.execute(
+            "SELECT DISTINCT ON (replica_set) * FROM decisions ORDER BY replica_set, id DESC"
+        )
+        return {row["replica_set"]: _recorded(row) for row in await cursor.fetchall()}
+
+
+async def load_newest(db: Database, *, replica_set: str | None = None, limit: int = 100) -> list[RecordedDecision]:
+    """Newest first; of one set, or of all."""
+    async with db.connection() as connection:
+        cursor = await connection.execute(
+            "SELECT * FROM decisions WHERE %(set)s::text IS NULL OR replica_set = %(set)s "
+            "ORDER BY id DESC LIMIT %(limit)s",
+            {"set": replica_set, "limit": limit},
+        )
+        return [_recorded(row) for row in await cursor.fetchall()]
+
+
+def _recorded(row: DictRow) -> RecordedDecision:
+    return RecordedDecision(**{**row, "alerts": tuple(row["alerts"]), "reason": DecisionReason(row["reason"])})

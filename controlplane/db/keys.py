@@ -1,0 +1,72 @@
+"""Tenants and their API keys. A key is shown once, when it is made; only its hash is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Iterable
+from datetime import datetime
+
+from psycopg.rows import DictRow
+
+from controlplane.core.types import ApiKey
+from controlplane.db.errors import NotFound
+from controlplane.db.pool import Database
+
+_PREFIX_LENGTH = 11  # "sk-" and 8 characters: enough to tell keys apart, far too few to guess the rest
+
+_COLUMNS = "id, tenant, prefix, key_hash, models, created_at, expires_at, revoked_at"
+
+
+def hash_key(key: str) -> bytes:
+    """SHA-256: a key has 256 random bits, so that neither salt nor slowness would add anything."""
+    return hashlib.sha256(key.encode()).digest()
+
+
+async def create(
+    db: Database, tenant: str, *, models: Iterable[str] | None, expires_at: datetime | None, now: datetime
+) -> tuple[str, ApiKey]:
+    """Make a key for a tenant, which is made too if it is new. Returns the key itself, for this one time."""
+    key = "sk-" + secrets.token_urlsafe(32)
+    async with db.transaction() as connection:
+        await connection.execute("INSERT INTO tenants (name) VALUES (%s) ON CONFLICT DO NOTHING", (tenant,))
+        cursor = await connection.execute(
+            "INSERT INTO api_keys (tenant, prefix, key_hash, models, created_at, expires_at) "
+            f"VALUES (%s, %s, %s, %s, %s, %s) RETURNING {_COLUMNS}",
+            (tenant, key[:_PREFIX_LENGTH], hash_key(key), list(models) if models else None, now, expires_at),
+        )
+        row = await cursor.fetchone()
+    assert row is not None
+    return key, _api_key(row)
+
+
+async def load_all(db: Database) -> tuple[ApiKey, ...]:
+    """Every key ever made, newest first."""
+    async with db.connection() as connection:
+        cursor = await connection.execute(f"SELECT {_COLUMNS} FROM api_keys ORDER BY id DESC")
+        return tuple(_api_key(row) for row in await cursor.fetchall())
+
+
+async def load_active(db: Database, now: datetime) -> tuple[ApiKey, ...]:
+    """The keys that are neither revoked nor expired."""
+    return tuple(
+        key for key in await load_all(db) if key.revoked_at is None and (key.expires_at is None or key.expires_at > now)
+    )
+
+
+async def revoke(db: Database, prefix: str, now: datetime) -> ApiKey:
+    """Make a key worthless, for good; again is harmless. Raises NotFound."""
+    async with db.connection() as connection:
+        cursor = await connection.execute(
+            f"UPDATE api_keys SET revoked_at = coalesce(revoked_at, %s) WHERE prefix = %s RETURNING {_COLUMNS}",
+            (now, prefix[:_PREFIX_LENGTH]),
+        )
+        row = await cursor.fetchone()
+    if row is None:
+        raise NotFound(f"no API key begins with {prefix[:_PREFIX_LENGTH]!r}")
+    return _api_key(row)
+
+
+def _api_key(row: DictRow) -> ApiKey:
+    models = row["models"]
+    return ApiKey(**{**row, "models": None if models is None else frozenset(models)})

@@ -1,0 +1,133 @@
+"""The connection pool, and the door at which psycopg's exceptions stop.
+
+States: `open()` returns at once, connected or not; every later call raises DbUnavailable while PostgreSQL is away and
+works again when it is back. Connections commit by themselves; what belongs together says `transaction()`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import psycopg
+from psycopg import sql
+from psycopg.rows import DictRow, dict_row
+from psycopg_pool import AsyncConnectionPool
+
+from controlplane.db.errors import DatabaseError, DbUnavailable, Duplicate
+
+Connection = psycopg.AsyncConnection[DictRow]
+
+
+@dataclass(frozen=True, slots=True)
+class DatabaseOptions:
+    url: str = field(repr=False)
+    max_connections: int = 10
+    timeout_seconds: float = 5.0  # to get a connection from the pool, and to open one
+    statement_timeout_seconds: float = 30.0
+    application_name: str = "controlplane"
+
+
+class Database:
+    """A pool of connections. Open it before use, close it after; every noun's function takes it first."""
+
+    def __init__(self, options: DatabaseOptions) -> None:
+        self._options = options
+        self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
+            options.url,
+            min_size=1,
+            max_size=options.max_connections,
+            timeout=options.timeout_seconds,
+            reconnect_timeout=0,
+            open=False,
+            check=AsyncConnectionPool.check_connection,
+            kwargs=self._arguments(),
+            name=options.application_name,
+        )
+
+    async def open(self) -> None:
+        await self._pool.open(wait=False)
+
+    async def close(self) -> None:
+        await self._pool.close()
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[Connection]:
+        """One connection, committing by itself. Raises DbUnavailable, Duplicate, DatabaseError."""
+        async with _translated(), self._pool.connection() as connection:
+            yield connection
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Connection]:
+        """One connection, one transaction: all of it or nothing. Never hold one across a network call."""
+        async with self.connection() as connection, connection.transaction():
+            yield connection
+
+    async def ping(self) -> None:
+        """Raises DbUnavailable when PostgreSQL does not answer, at once and with the reason.
+
+        Over a connection of its own: the pool goes on trying by itself and could only say that none came in time.
+        """
+        async with _translated(), await self._connect() as connection:
+            await connection.execute("SELECT 1")
+
+    async def listen(self, *channels: str) -> AsyncIterator[str]:
+        """Yield the name of each channel that is notified, over a connection of its own.
+
+        Once connected it yields "" first: what was announced before is lost, so read everything then. Raises
+        DbUnavailable when the connection breaks: call it again.
+        """
+        async with _translated(), await self._connect() as connection:
+            for channel in channels:
+                await connection.execute(sql.SQL("LISTEN {}").format(sql.Identifier(channel)))
+            yield ""
+            async for notification in connection.notifies():
+                yield notification.channel
+
+    async def _connect(self) -> Connection:
+        arguments = {**self._arguments(), "connect_timeout": int(self._options.timeout_seconds) or 1}
+        return await psycopg.AsyncConnection.connect(self._options.url, **arguments)
+
+    def _arguments(self) -> dict[str, Any]:
+        milliseconds = int(self._options.statement_timeout_seconds * 1000)
+        return {
+            "autocommit": True,
+            "row_factory": dict_row,
+            "application_name": self._options.application_name,
+            "options": f"-c statement_timeout={milliseconds} -c timezone=UTC",
+        }
+
+
+@asynccontextmanager
+async def _translated() -> AsyncIterator[None]:
+    try:
+        yield
+    except psycopg.errors.UniqueViolation as error:
+        raise Duplicate(error.diag.constraint_name or str(error)) from error
+    except (psycopg.OperationalError, psycopg.InterfaceError, OSError) as error:
+        raise DbUnavailable(_said(error)) from error
+    except psycopg.Error as error:
+        raise DatabaseError(_said(error)) from error
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split())[:256]
+
+
+async def wait_until_up(db: Database, *, poll_seconds: float = 1.0) -> None:
+    """Return when PostgreSQL answers, however long that takes."""
+    while True:
+        try:
+            return await db.ping()
+        except DbUnavailable:
+            await asyncio.sleep(poll_seconds)

@@ -1,0 +1,273 @@
+"""Replicas, and the history of their phases.
+
+`move` is the only way to change a phase: one statement that checks phase and version and writes `replica_history`,
+so that a step is recorded exactly when it happened, and happens at most once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any
+
+from psycopg.rows import DictRow
+
+from controlplane.core.types import EXISTING_PHASES, LIVE_PHASES, Move, PastReplica, Phase, Reason, Replica, ReplicaSet
+from controlplane.core.verbs import Verb, interpret
+from controlplane.db.errors import NotFound, Stale
+from controlplane.db.pool import Database
+from controlplane.db.replica_sets import SPECS
+
+_COLUMNS = (
+    "id, name, replica_set, phase, version, spec, spec_hash, port, secret, created_at, phase_since, reason, message, "
+    "slurm_job_id, submitted_at, running_since, drain_deadline, idle_since"
+)
+
+
+_VERB_ATTEMPTS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Obeyed:
+    """The replica after a verb, and whether that changed it; after a dry run, as they would be."""
+
+    replica: Replica
+    is_changed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One row of a replica's history."""
+
+    replica: str
+    at: datetime
+    from_phase: Phase | None
+    to_phase: Phase
+    reason: Reason | None
+    message: str | None
+    slurm_job_id: int | None
+    actor: str
+
+
+async def load_live(db: Database) -> tuple[Replica, ...]:
+    """Every replica that has not ended, oldest first."""
+    async with db.connection() as connection:
+        cursor = await connection.execute(f"SELECT {_COLUMNS} FROM replicas WHERE phase <> 'ENDED' ORDER BY id")
+        return tuple(_replica(row) for row in await cursor.fetchall())
+
+
+async def load_newest(db: Database, *, limit: int = 100) -> tuple[Replica, ...]:
+    """The newest replicas, ended ones included, newest first."""
+    async with db.connection() as connection:
+        cursor = await connection.execute(f"SELECT {_COLUMNS} FROM replicas ORDER BY id DESC LIMIT %s", (limit,))
+        return tuple(_replica(row) for row in await cursor.fetchall())
+
+
+async def load_past(db: Database, *, per_set: int) -> tuple[PastReplica, ...]:
+    """The replicas of each set that ended last, newest first."""
+    async with db.connection() as connection:
+        cursor = await connection.execute(
+            """
+            SELECT r.name, r.replica_set, r.spec_hash, r.reason, r.message, r.ended_at,
+                   e.first_ready_at IS NOT NULL AS was_ready
+              FROM replica_sets s
+             CROSS JOIN LATERAL (SELECT * FROM replicas WHERE replica_set = s.name AND phase = 'ENDED'
+                                  ORDER BY ended_at DESC, id DESC LIMIT %s) r
+              LEFT JOIN endpoints e ON e.replica_id = r.id
+             ORDER BY r.ended_at DESC, r.id DESC
+            """,
+            (per_set,),
+        )
+        return tuple(PastReplica(**{**row, "reason": Reason(row["reason"])}) for row in await cursor.fetchall())
+
+
+async def load(db: Database, name: str) -> Replica:
+    """Raises NotFound."""
+    async with db.connection() as connection:
+        cursor = await connection.execute(f"SELECT {_COLUMNS} FROM replicas WHERE name = %s", (name,))
+        row = await cursor.fetchone()
+    if row is None:
+        raise NotFound(f"there is no replica {name!r}")
+    return _replica(row)
+
+
+async def names_that_ended(db: Database, names: list[str]) -> set[str]:
+    """Which of these names belong to replicas that have ended."""
+    async with db.connection() as connection:
+        cursor = await connection.execute(
+            "SELECT name FROM replicas WHERE name = ANY (%s) AND phase = 'ENDED'", (names,)
+        )
+        return {row["name"] for row in await cursor.fetchall()}
+
+
+async def create(
+    db: Database, replica_set: ReplicaSet, *, port: int, secret: str, actor: str, now: datetime
+) -> Replica:
+    """Add one PENDING replica. Raises Duplicate (the port is taken), Stale (the bounds leave no room any more).
+
+    The set's row is locked meanwhile, so that two control planes cannot both take the last place.
+    """
+    async with db.transaction() as connection:
+        await connection.execute("SELECT FROM replica_sets WHERE name = %s FOR UPDATE", (replica_set.name,))
+        cursor = await connection.execute(
+            f"""
+            WITH fresh AS (
+                INSERT INTO replicas (id, name, replica_set, spec, spec_hash, port, secret, created_at, phase_since)
+                OVERRIDING SYSTEM VALUE
+                SELECT n.id, 'cp-' || s.name || '-' || n.id, s.name, s.spec, s.spec_hash, %(port)s, %(secret)s,
+                       %(now)s, %(now)s
+                  FROM replica_sets s, (SELECT nextval(pg_get_serial_sequence('replicas', 'id')) AS id) n
+                 WHERE s.name = %(set)s AND NOT s.is_paused AND s.spec_hash = %(spec_hash)s
+                   AND (SELECT count(*) FROM replicas r
+                         WHERE r.replica_set = s.name AND r.spec_hash = s.spec_hash AND r.phase = ANY (%(existing)s))
+                       < s.max_replicas
+                   AND (SELECT count(*) FROM replicas r
+                         WHERE r.replica_set = s.name AND r.phase = ANY (%(live)s))
+                       < s.max_replicas + (s.spec->>'surge')::int
+                RETURNING *
+            ), history AS (
+                INSERT INTO replica_history (replica_id, version, at, to_phase, actor)
+                SELECT id, version, %(now)s, phase, %(actor)s FROM fresh
+            )
+            SELECT {_COLUMNS} FROM fresh
+            """,
+            {
+                "set": replica_set.name,
+                "spec_hash": replica_set.spec_hash,
+                "port": port,
+                "secret": secret,
+                "actor": actor,
+                "now": now,
+                "existing": list(EXISTING_PHASES),
+                "live": list(LIVE_PHASES),
+            },
+        )
+        row = await cursor.fetchone()
+    if row is None:
+        raise Stale(f"{replica_set.name}: its bounds or its spec have changed")
+    return _replica(row)
+
+
+async def move(db: Database, step: Move, *, actor: str, now: datetime) -> Replica:
+    """Take one step of the phase machine, if the replica still stands where the step was decided. Raises Stale."""
+    replica = step.replica
+    async with db.connection() as connection:
+        cursor = await connection.execute(
+            f"""
+            WITH moved AS (
+                UPDATE replicas
+                   SET phase = %(to)s, version = version + 1, phase_since = %(now)s,
+                       reason = CASE WHEN %(to)s IN ('DRAINING', 'STOPPING', 'ENDED')
+                                     THEN coalesce(%(reason)s, reason) END,
+                       message = coalesce(%(message)s, message),
+                       slurm_job_id = CASE WHEN %(to)s = 'PENDING' THEN NULL
+                                           ELSE coalesce(%(job_id)s, slurm_job_id) END,
+                       submitted_at = CASE WHEN %(to)s = 'SUBMITTING' THEN %(now)s ELSE submitted_at END,
+                       running_since = CASE WHEN %(to)s = 'QUEUED' THEN NULL
+                                            ELSE coalesce(%(running_since)s, running_since) END,
+                       drain_deadline = CASE WHEN %(to)s = 'RUNNING' THEN NULL
+                                             ELSE coalesce(%(deadline)s, drain_deadline) END,
+                       idle_since = NULL,
+                       ended_at = CASE WHEN %(to)s = 'ENDED' THEN %(now)s::timestamptz END
+                 WHERE id = %(id)s AND phase = %(from)s AND version = %(version)s
+                RETURNING *
+            ), history AS (
+                INSERT INTO replica_history
+                       (replica_id, version, at, from_phase, to_phase, reason, message, slurm_job_id, actor)
+                SELECT id, version, %(now)s, %(from)s, phase, reason, %(message)s, slurm_job_id, %(actor)s
+                  FROM moved
+            )
+            SELECT {_COLUMNS} FROM moved
+            """,
+            {
+                "id": replica.id,
+                "from": replica.phase,
+                "version": replica.version,
+                "to": step.to,
+                "reason": step.reason,
+                "message": step.message[:1024] if step.message else None,
+                "job_id": step.slurm_job_id,
+                "running_since": step.running_since,
+                "deadline": step.drain_deadline,
+                "actor": actor,
+                "now": now,
+            },
+        )
+        row = await cursor.fetchone()
+    if row is None:
+        raise Stale(f"{replica.name} is no longer {replica.phase} at version {replica.version}")
+    return _replica(row)
+
+
+async def obey(db: Database, name: str, verb: Verb, *, actor: str, now: datetime, dry_run: bool = False) -> Obeyed:
+    """Do what an operator said to one replica, and wake the reconciler. May be repeated.
+
+    Raises NotFound, VerbRefused; Stale when the replica moved on at every attempt.
+    """
+    for _ in range(_VERB_ATTEMPTS):
+        replica = await load(db, name)
+        step = interpret(verb, replica, actor=actor, now=now)
+        if step is None:
+            return Obeyed(replica, is_changed=False)
+        if dry_run:
+            return Obeyed(replace(replica, phase=step.to, reason=step.reason), is_changed=True)
+        try:
+            moved = await move(db, step, actor=actor, now=now)
+        except Stale:
+            continue
+        await wake(db)
+        return Obeyed(moved, is_changed=True)
+    raise Stale(f"{name} moved on at every attempt; try again")
+
+
+async def wake(db: Database) -> None:
+    """Tell the reconciler that there is something to do."""
+    async with db.connection() as connection:
+        await connection.execute("SELECT pg_notify('controlplane_wake', '')")
+
+
+async def mark_idle(db: Database, replica: Replica, since: datetime | None) -> None:
+    """While draining: since when the endpoint's own metrics have said idle without a break; None: they do not."""
+    async with db.connection() as connection:
+        await connection.execute(
+            "UPDATE replicas SET idle_since = %s WHERE id = %s AND version = %s", (since, replica.id, replica.version)
+        )
+
+
+async def load_history(
+    db: Database, *, name: str | None = None, since: datetime | None = None, limit: int = 1000
+) -> list[Step]:
+    """The steps of one replica, or of all, oldest first; of those at or after `since` if given, the newest `limit`."""
+    async with db.connection() as connection:
+        cursor = await connection.execute(
+            """
+            SELECT r.name AS replica, h.at, h.from_phase, h.to_phase, h.reason, h.message, h.slurm_job_id, h.actor
+              FROM replica_history h JOIN replicas r ON r.id = h.replica_id
+             WHERE (%(name)s::text IS NULL OR r.name = %(name)s)
+               AND (%(since)s::timestamptz IS NULL OR h.at >= %(since)s)
+             ORDER BY h.at DESC, h.replica_id DESC, h.version DESC LIMIT %(limit)s
+            """,
+            {"name": name, "since": since, "limit": limit},
+        )
+        return [_step(row) for row in reversed(await cursor.fetchall())]
+
+
+def _step(row: DictRow) -> Step:
+    return Step(
+        **{
+            **row,
+            "from_phase": Phase(row["from_phase"]) if row["from_phase"] else None,
+            "to_phase": Phase(row["to_phase"]),
+            "reason": Reason(row["reason"]) if row["reason"] else None,
+        }
+    )
+
+
+def _replica(row: DictRow) -> Replica:
+    fields: dict[str, Any] = {
+        **row,
+        "phase": Phase(row["phase"]),
+        "reason": Reason(row["reason"]) if row["reason"] else None,
+        "spec": SPECS.validate_python(row["spec"]),
+    }
+    return Replica(**fields)
