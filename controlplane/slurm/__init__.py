@@ -1,0 +1,1 @@
+"""Everything that speaks to Slurm: the client of slurmrestd, its tokens, and the job scripts."""
