@@ -28,6 +28,7 @@ def configure(*, level: str = "info", form: Literal["json", "text"] = "json", st
     logging.basicConfig(handlers=[_ToLoguru()], level=logging.INFO, force=True)
     for name in ("httpx", "httpcore", "yoyo", "uvicorn.access"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("psycopg").setLevel(logging.CRITICAL)  # its every try to reconnect; who waits for it says so once
 
 
 def _write_json(message: Message, stream: TextIO) -> None:

@@ -1,0 +1,287 @@
+"""The round that makes jobs follow decisions: load, decide, look at Slurm, advance, plan, act.
+
+The order matters. The database is read before Slurm is asked, so that a job recorded in it cannot be younger than the
+list that lacks it. Decisions need no Slurm and are taken first. When Slurm gives no complete answer, nothing is known
+of any job: rows may be created and drains may begin, but nothing is submitted, cancelled or declared gone.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+
+from loguru import logger
+
+from controlplane.core.lifecycle import advance, comment_for, is_anothers, job_of, twins_of
+from controlplane.core.planning import PlanRules, Scene, idle_since, plan
+from controlplane.core.scaling import Pressure, decide, pressures
+from controlplane.core.types import (
+    Action,
+    Alert,
+    CancelJob,
+    Decision,
+    Endpoint,
+    Health,
+    JobList,
+    JobState,
+    PastReplica,
+    Phase,
+    Release,
+    Replica,
+    ReplicaSet,
+    Report,
+    SlurmJob,
+    Unknown,
+)
+from controlplane.db import (
+    Database,
+    Stale,
+    alerts,
+    decisions,
+    endpoints,
+    replica_sets,
+    replicas,
+    slurm_jobs,
+)
+from controlplane.metrics import ControlPlaneMetrics
+from controlplane.reconcile.actions import ACTOR, Actor, Done
+from controlplane.slurm.client import SlurmClient
+from controlplane.slurm.errors import SlurmError
+
+_PAST_PER_SET = 10
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaOptions:
+    instance_id: str
+    interval_seconds: float = 5.0
+    stale_after: timedelta = timedelta(minutes=15)  # an alert that nobody confirmed for so long presses no more
+    orphan_grace: timedelta = timedelta(minutes=5)
+    rules: PlanRules = field(default_factory=PlanRules)
+
+
+@dataclass(slots=True)
+class World:
+    """What the database knew when the round began."""
+
+    sets: dict[str, ReplicaSet]
+    replicas: list[Replica]
+    endpoints: dict[str, Endpoint]
+    past: dict[str, list[PastReplica]]
+    alerts: tuple[Alert, ...]
+
+
+class ReplicaLoop:
+    name = "replicas"
+
+    def __init__(
+        self,
+        db: Database,
+        slurm: SlurmClient,
+        actor: Actor,
+        options: ReplicaOptions,
+        metrics: ControlPlaneMetrics,
+        clock: Callable[[], datetime],
+    ) -> None:
+        self._db = db
+        self._slurm = slurm
+        self._actor = actor
+        self._options = options
+        self._metrics = metrics
+        self._clock = clock
+        self._orphans: dict[int, datetime] = {}  # job id -> first seen
+        self._pressing_since: dict[str, datetime] = {}  # replica set -> when the alert it still answers began
+        self._reported: dict[str, str] = {}
+        self.interval_seconds = options.interval_seconds
+
+    async def run_once(self, now: datetime) -> str | None:
+        """One round. It may be cut short anywhere, and repeated."""
+        done = Done()
+        world = await self._load(now)
+        pressing = pressures(world.sets.values(), world.alerts, now=now, stale_after=self._options.stale_after)
+        await self._decide(world, pressing, done, now)
+        observed = await self._observe(now)
+        jobs: dict[str, SlurmJob] = {}
+        actions: list[Action] = []
+        if isinstance(observed, JobList):
+            jobs = await self._follow(world, observed, done, now)
+            actions += self._twins(world, observed) + await self._strays(world, observed, now)
+        else:
+            message = f"no usable answer, so nothing is submitted or cancelled: {observed.message}"
+            actions.append(Report("Slurm", message))
+        await self._note_idle(world)
+        for replica_set in world.sets.values():
+            if not replica_set.spec.is_external:
+                actions += plan(
+                    _scene(world, replica_set, jobs, pressing[replica_set.name]), now=now, rules=self._options.rules
+                )
+        actions += _job_steps(world.replicas, jobs)
+        self._report(actions)
+        await self._actor.carry_out(actions, world.sets, done, now, may_call=isinstance(observed, JobList))
+        self._measure(done)
+        return done.sentence()
+
+    async def _load(self, now: datetime) -> World:
+        sets = {one.name: one for one in await replica_sets.load_all(self._db)}
+        live = list(await replicas.load_live(self._db))
+        seen = {one.replica: one for one in await endpoints.load_live(self._db) if one.replica is not None}
+        past: dict[str, list[PastReplica]] = defaultdict(list)
+        for one in await replicas.load_past(self._db, per_set=_PAST_PER_SET):
+            past[one.replica_set].append(one)
+        longest_window = max((one.spec.scale_down.stabilization_window_seconds for one in sets.values()), default=0)
+        since = now - self._options.stale_after - timedelta(seconds=longest_window)
+        return World(sets, live, seen, past, await alerts.load_since(self._db, since))
+
+    async def _decide(self, world: World, pressing: dict[str, Pressure], done: Done, now: datetime) -> None:
+        latest = await decisions.load_latest(self._db)
+        for name, pressure in pressing.items():
+            replica_set = world.sets[name]
+            own = [one for one in world.replicas if one.replica_set == name]
+            decision = decide(replica_set, pressure, own, world.endpoints, now=now)
+            before = latest.get(name)
+            is_news = before is None or (before.reason, before.alerts) != (decision.reason, decision.alerts)
+            if not decision.changes_desired and not is_news:
+                continue
+            try:
+                await replica_sets.decide(self._db, decision, actor=ACTOR, now=now)
+            except Stale:
+                continue  # an operator was faster; the next round sees what they said
+            self._metrics.decisions.labels(name, decision.reason).inc()
+            logger.info(
+                "decision",
+                replica_set=name,
+                reason=decision.reason,
+                previous=decision.previous,
+                desired=decision.desired,
+                why=decision.explanation,
+            )
+            if decision.changes_desired:
+                done.moved.append(f"{name}: {decision.previous} -> {decision.desired}, {decision.explanation}")
+                world.sets[name] = await replica_sets.load(self._db, name)
+                self._note_pressure(decision, pressure)
+
+    async def _observe(self, now: datetime) -> JobList | Unknown:
+        try:
+            listed = await self._slurm.list_jobs(now)
+        except SlurmError as error:
+            return Unknown(f"{type(error).__name__}: {error}")
+        mine = tuple(job for job in listed.jobs if not is_anothers(job, self._options.instance_id))
+        return JobList(mine, listed.asked_at)
+
+    async def _follow(self, world: World, listed: JobList, done: Done, now: datetime) -> dict[str, SlurmJob]:
+        """Let every replica take the steps that Slurm's answer asks for. Returns the jobs, by replica name."""
+        seen: list[tuple[int, SlurmJob]] = []
+        following: list[Replica] = []
+        jobs: dict[str, SlurmJob] = {}
+        for before in world.replicas:
+            replica = before
+            while (step := advance(replica, listed, now=now, submit_grace=self._slurm.submit_grace)) is not None:
+                after = await self._actor.move(step, done, now)
+                if after is None:
+                    break
+                if replica.phase is Phase.RUNNING and after.phase is Phase.QUEUED:
+                    await endpoints.distrust(self._db, after)
+                    world.endpoints.pop(after.name, None)
+                replica = after
+            else:
+                job = job_of(replica, listed.jobs)
+                if job is not None:
+                    jobs[replica.name] = job
+                    seen.append((replica.id, job))
+                if replica.phase is not Phase.ENDED:
+                    following.append(replica)
+        await slurm_jobs.record(self._db, seen, now)
+        for replica in following:
+            job = jobs.get(replica.name)
+            endpoint = world.endpoints.get(replica.name)
+            is_proven = endpoint is not None and endpoint.health is Health.READY
+            if replica.phase is Phase.RUNNING and not is_proven and job is not None and job.state is JobState.RUNNING:
+                await self._find_endpoint(replica, job)
+        world.replicas = following
+        return jobs
+
+    async def _find_endpoint(self, replica: Replica, job: SlurmJob) -> None:
+        """Nobody has to call home: the host is Slurm's to tell, the port and the secret are ours."""
+        try:
+            address = await self._slurm.node_address(job.batch_host or job.nodes)
+        except SlurmError as error:
+            logger.warning("the node's address is not known yet", replica=replica.name, why=str(error))
+            return
+        await endpoints.ensure(self._db, replica, f"http://{address}:{replica.port}")
+
+    async def _note_idle(self, world: World) -> None:
+        for replica in world.replicas:
+            if replica.phase is not Phase.DRAINING:
+                continue
+            since = idle_since(replica, world.endpoints.get(replica.name), self._options.rules)
+            if since != replica.idle_since:
+                await replicas.mark_idle(self._db, replica, since)
+
+    def _twins(self, world: World, listed: JobList) -> list[Action]:
+        found = [twin for replica in world.replicas for twin in twins_of(replica, listed.jobs)]
+        return [CancelJob(twin.job_id, twin.name) for twin in found]
+
+    async def _strays(self, world: World, listed: JobList, now: datetime) -> list[Action]:
+        """Live jobs of this installation that no live replica stands for: of an ended one, or of none at all."""
+        live = {replica.name for replica in world.replicas}
+        ours = [
+            job
+            for job in listed.jobs
+            if not job.is_over
+            and job.state is not JobState.COMPLETING
+            and job.name not in live
+            and job.comment == comment_for(job.name, self._options.instance_id)
+        ]
+        ended = await replicas.names_that_ended(self._db, [job.name for job in ours]) if ours else set()
+        orphans = [job for job in ours if job.name not in ended]
+        self._orphans = {job.job_id: self._orphans.get(job.job_id, now) for job in orphans}
+        due = [job for job in orphans if now - self._orphans[job.job_id] >= self._options.orphan_grace]
+        actions: list[Action] = [CancelJob(job.job_id, job.name) for job in ours if job.name in ended or job in due]
+        actions += [
+            Report(f"job {job.job_id}", f"{job.name} is an orphan: no replica stands for it") for job in orphans
+        ]
+        return actions
+
+    def _report(self, actions: Iterable[Action]) -> None:
+        """Say what an operator should know, once as long as it stays the same."""
+        reports = {one.subject: one.message for one in actions if isinstance(one, Report)}
+        for subject, message in reports.items():
+            if self._reported.get(subject) != message:
+                logger.warning(message, subject=subject)
+        self._reported = reports
+
+    def _note_pressure(self, decision: Decision, pressure: Pressure) -> None:
+        if decision.desired > decision.previous and pressure.up:
+            self._pressing_since[decision.replica_set] = min(alert.starts_at for alert in pressure.up)
+
+    def _measure(self, done: Done) -> None:
+        for replica in done.submitted:
+            if (since := self._pressing_since.pop(replica.replica_set, None)) is not None:
+                self._metrics.alert_to_submit_seconds.observe((self._clock() - since).total_seconds())
+
+
+def _scene(world: World, replica_set: ReplicaSet, jobs: dict[str, SlurmJob], pressure: Pressure) -> Scene:
+    return Scene(
+        replica_set=replica_set,
+        replicas=tuple(one for one in world.replicas if one.replica_set == replica_set.name),
+        endpoints=world.endpoints,
+        past=tuple(world.past.get(replica_set.name, ())),
+        ends_at={name: job.ends_at for name, job in jobs.items() if job.ends_at is not None},
+        to_replace=frozenset(alert.labels["replica"] for alert in pressure.replace),
+    )
+
+
+def _job_steps(live: Iterable[Replica], jobs: dict[str, SlurmJob]) -> list[Action]:
+    """What the job itself needs: a release as long as it is held, a cancel as long as it has not begun to end."""
+    actions: list[Action] = []
+    for replica in live:
+        job = jobs.get(replica.name)
+        if job is None or job.is_over:
+            continue
+        if replica.phase is Phase.QUEUED and job.is_held:
+            actions.append(Release(replica))
+        elif replica.phase is Phase.STOPPING and job.state is not JobState.COMPLETING:
+            actions.append(CancelJob(job.job_id, job.name))
+    return actions
