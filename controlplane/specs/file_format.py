@@ -1,0 +1,199 @@
+"""What may be written in a file of replica sets: keys, types, bounds and defaults, which are those of `core.types`.
+
+Unknown keys are refused and nothing is converted: a number in quotes is text. The docstrings below the fields are the
+descriptions in the published JSON Schema.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic.config import JsonDict
+from pydantic_core import PydanticCustomError
+
+MAX_REPLICAS = 10_000
+_YEAR = 366 * 86400
+
+
+def _printable(text: str) -> str:
+    if any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in text):
+        raise PydanticCustomError("text", "must not contain line breaks or other control characters")
+    return text
+
+
+def _argument(text: str) -> str:
+    if text.startswith("-") or text != text.strip():
+        raise PydanticCustomError("text", "must not begin with a dash, nor begin or end with a space")
+    return text
+
+
+def _endpoint_url(text: str) -> str:
+    wrong = PydanticCustomError("url", "must be http://host:port or https://host:port")
+    try:
+        url = urlsplit(text)
+        is_whole = url.scheme in ("http", "https") and url.hostname and url.port != 0
+    except ValueError:
+        raise wrong from None
+    if not is_whole or not re.fullmatch(r"[!-~]+", text):
+        raise wrong
+    if "@" in url.netloc:
+        raise PydanticCustomError("url", "must not contain a user or a password; use api_key or api_key_file")
+    if url.path not in ("", "/") or url.query or url.fragment or text[-1] in "?#":
+        raise PydanticCustomError("url", "must end after the port: the paths below it are OpenAI's")
+    return text.rstrip("/")
+
+
+Text = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_printable)]
+LongText = Annotated[str, Field(max_length=4096), AfterValidator(_printable)]
+Value = Annotated[Text, AfterValidator(_argument)]
+PathText = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_printable), AfterValidator(_argument)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")]
+VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
+ApiKeyText = Annotated[str, Field(pattern=r"^[!-~]{1,4096}$")]
+Seconds = Annotated[int, Field(ge=0, le=_YEAR)]
+PositiveSeconds = Annotated[int, Field(gt=0, le=_YEAR)]
+Count = Annotated[int, Field(ge=1, le=MAX_REPLICAS)]
+CountOrNone = Annotated[int, Field(ge=0, le=MAX_REPLICAS)]
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class SlurmDocument(_Document):
+    """What one replica asks of Slurm. What is left out is the cluster's default."""
+
+    time_limit_seconds: PositiveSeconds
+    """The job's walltime; a successor is started before it ends."""
+    partition: Value | None = None
+    account: Value | None = None
+    qos: Value | None = None
+    constraint: Value | None = None
+    nodes: Count = 1
+    gpus_per_node: CountOrNone = 0
+    cpus_per_task: Count | None = None
+    memory_mb_per_node: Annotated[int, Field(ge=1, le=2**40)] | None = None
+
+
+class VllmDocument(_Document):
+    """What is served, and with what."""
+
+    image: PathText | None = None
+    """The container image, as the template's runtime understands it."""
+    model_path: PathText | None = None
+    """The weights: a directory, or a name that vLLM can resolve."""
+    args: list[LongText] = []
+    """Further arguments of `vllm serve`, passed on as they are."""
+    environment: dict[VariableName, LongText] = {}
+    """Environment variables of the server."""
+    load_seconds: Seconds = 0
+    """For the fake vLLM only: how long loading the model takes."""
+
+
+class EndpointDocument(_Document):
+    """A server that Slurm does not run."""
+
+    url: Annotated[str, Field(max_length=512), AfterValidator(_endpoint_url)]
+    """`http://host:port`, without a path."""
+    api_key: ApiKeyText | None = Field(default=None, repr=False)
+    """The key that the server asks for."""
+    api_key_file: PathText | None = None
+    """A file that holds it; read when the file is applied."""
+
+    @model_validator(mode="after")
+    def _one_key(self) -> Self:
+        if self.api_key is not None and self.api_key_file is not None:
+            raise PydanticCustomError("both", "give api_key or api_key_file, not both")
+        return self
+
+
+class ScaleUpDocument(_Document):
+    """How the set grows while an alert asks for it."""
+
+    step: Count = 1
+    cooldown_seconds: Seconds = 60
+
+
+class ScaleDownDocument(_Document):
+    """How the set shrinks while an alert asks for it."""
+
+    step: Count = 1
+    cooldown_seconds: Seconds = 120
+    stabilization_window_seconds: Seconds = 300
+    """How long no alert may have asked for more."""
+
+
+_ONE_KIND: JsonDict = {
+    "oneOf": [
+        {"required": ["slurm"], "properties": {"slurm": {"type": "object"}}},
+        {"required": ["endpoints"], "properties": {"endpoints": {"minItems": 1}}},
+    ]
+}
+
+
+class ReplicaSetDocument(_Document):
+    """One model served by equal replicas: either Slurm jobs of one template, or fixed endpoints."""
+
+    model_config = ConfigDict(json_schema_extra=_ONE_KIND)
+
+    name: Name
+    """Lower-case letters, digits and dashes, at most 40; for ever this set's."""
+    model: Value
+    """What clients put into `model`. Several sets may serve one model."""
+    template: Name | None = None
+    """The job script, without `.sbatch`; `vllm-apptainer` unless given."""
+    priority: Annotated[int, Field(ge=0, le=1_000_000)] = 100
+    """Of several sets serving one model, the lowest number grows first and shrinks last."""
+    min_replicas: CountOrNone = 0
+    max_replicas: CountOrNone = 1
+    surge: CountOrNone = 1
+    """How many live jobs may exist above max_replicas while others drain."""
+    slurm: SlurmDocument | None = None
+    vllm: VllmDocument = VllmDocument()
+    endpoints: list[EndpointDocument] = []
+    scale_up: ScaleUpDocument = ScaleUpDocument()
+    scale_down: ScaleDownDocument = ScaleDownDocument()
+    probe: Literal["completion", "chat", "embedding", "models"] = "completion"
+    """What proves that the engine lives: one token of an answer, an embedding, or only its list of models."""
+    start_timeout_seconds: PositiveSeconds = 1800
+    """From the job's start to the first passed probe."""
+    drain_timeout_seconds: Seconds = 600
+    """How long requests in flight may take to finish before the job is cancelled."""
+    unhealthy_timeout_seconds: PositiveSeconds = 120
+    """How long a replica may fail its probes before it is replaced."""
+
+    @model_validator(mode="after")
+    def _is_one_kind(self) -> Self:
+        if (self.slurm is None) == (not self.endpoints):
+            raise PydanticCustomError("kind", "give exactly one of slurm and endpoints")
+        if self.min_replicas > self.max_replicas:
+            raise PydanticCustomError("bounds", "min_replicas must not be greater than max_replicas")
+        if self.slurm is None:
+            for name in _ONLY_WITH_SLURM:
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise PydanticCustomError("kind", "{name} is only for sets that Slurm runs", {"name": name})
+            urls = [endpoint.url for endpoint in self.endpoints]
+            if len(set(urls)) != len(urls):
+                raise PydanticCustomError("twice", "endpoints: each url may be given once")
+        return self
+
+
+_ONLY_WITH_SLURM = ("template", "min_replicas", "max_replicas", "surge", "vllm", "scale_up", "scale_down")
+
+
+class ReplicaSetsFile(_Document):
+    """Replica sets of the control plane; apply with `controlplane apply -f FILE`."""
+
+    replica_sets: list[ReplicaSetDocument] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [one.name for one in self.replica_sets]
+        for name in names:
+            if names.count(name) > 1:
+                raise PydanticCustomError("twice", "replica_sets: two are named {name}", {"name": name})
+        return self

@@ -1,0 +1,105 @@
+"""`GET /metrics`: what this process counted, and how the replicas are, read from the database when asked for.
+
+Read at every scrape and kept nowhere, so every control plane tells the same truth. Without a database those metrics
+are left out (a gap, not a zero) and `controlplane_database_up` is 0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
+
+from loguru import logger
+from prometheus_client import CollectorRegistry, Metric
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from controlplane.core.types import LIVE_PHASES, Phase
+from controlplane.db import Database, DatabaseError, endpoints, replica_sets, replicas, slurm_jobs
+from controlplane.metrics import ControlPlaneMetrics
+
+
+def routes(db: Database, metrics: ControlPlaneMetrics, clock: Callable[[], datetime]) -> list[Route]:
+    async def expose(request: Request) -> Response:
+        up = GaugeMetricFamily("controlplane_database_up", "1: PostgreSQL answered this scrape")
+        try:
+            observed = await observe(db, clock())
+            up.add_metric([], 1)
+        except DatabaseError as error:
+            logger.warning("metrics without the database", error=str(error)[:256])
+            observed = []
+            up.add_metric([], 0)
+        registry = CollectorRegistry()
+        registry.register(_Joined(metrics.registry, [*observed, up]))
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(registry), headers={"Content-Type": content_type})
+
+    return [Route("/metrics", expose)]
+
+
+async def observe(db: Database, now: datetime) -> list[Metric]:
+    """The metrics that are read from the database. Raises DatabaseError."""
+    sets = await replica_sets.load_all(db)
+    phases = Counter((one.replica_set, one.phase) for one in await replicas.load_live(db))
+    routable = Counter(one.replica_set for one in await endpoints.load_routable(db))
+    by_phase = GaugeMetricFamily(
+        "controlplane_replicas", "Replicas that have not ended", labels=["replica_set", "phase"]
+    )
+    desired = GaugeMetricFamily("controlplane_replicas_desired", "Replicas wanted", labels=["replica_set", "model"])
+    ready = GaugeMetricFamily(
+        "controlplane_replicas_routable", "Endpoints that requests are sent to", labels=["replica_set", "model"]
+    )
+    for one in sets:
+        for phase in Phase:
+            if phase in LIVE_PHASES:
+                by_phase.add_metric([one.name, phase], phases[one.name, phase])
+        desired.add_metric([one.name, one.spec.model], one.desired_replicas)
+        ready.add_metric([one.name, one.spec.model], routable[one.name])
+    confirmed = GaugeMetricFamily(
+        "controlplane_endpoint_last_confirmed_age_seconds",
+        "Since a replica's endpoint last passed a probe; absent until it first did",
+        labels=["replica"],
+    )
+    for endpoint in await endpoints.load_live(db):
+        if endpoint.replica is not None and endpoint.confirmed_at is not None:
+            confirmed.add_metric([endpoint.replica], _age(endpoint.confirmed_at, now))
+    pending = GaugeMetricFamily(
+        "controlplane_slurm_job_pending_seconds",
+        "How long the oldest of the jobs that Slurm lets wait has waited, by Slurm's reason",
+        labels=["replica_set", "reason"],
+    )
+    oldest: dict[tuple[str, str], float] = {}
+    for job in await slurm_jobs.load_pending(db):
+        key = (job.replica_set, _word(job.state_reason))
+        oldest[key] = max(oldest.get(key, 0.0), _age(job.since, now))
+    for (replica_set, reason), age in oldest.items():
+        pending.add_metric([replica_set, reason], age)
+    return [by_phase, desired, ready, confirmed, pending]
+
+
+class _Joined(Collector):
+    """What a registry has, and then these."""
+
+    def __init__(self, registry: CollectorRegistry, further: Iterable[Metric]) -> None:
+        self._registry = registry
+        self._further = further
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._registry.collect()
+        yield from self._further
+
+
+def _age(then: datetime, now: datetime) -> float:
+    return max(0.0, (now - then).total_seconds())
+
+
+def _word(state_reason: str) -> str:
+    """Slurm's reasons are words, some followed by node names, which would make a series each."""
+    match = re.match(r"\w{1,64}", state_reason)
+    return match[0] if match else "None"

@@ -1,0 +1,184 @@
+"""Targets for Prometheus, health, readiness and metrics, read from a real PostgreSQL."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from datetime import timedelta
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from controlplane.core.types import (
+    Endpoint,
+    ExternalEndpoint,
+    Health,
+    JobState,
+    Phase,
+    Replica,
+    ReplicaSetSpec,
+    SlurmJob,
+)
+from controlplane.db import Database, DatabaseOptions, endpoints, leases, replica_sets, slurm_jobs
+from controlplane.db.endpoints import Target
+from controlplane.web import Part, PartStatus
+from controlplane.web.service_discovery import target_group
+from tests.integration.db_rows import NOW, make_replica, make_set, opened
+from tests.integration.web_rig import WebRig
+
+
+@pytest.fixture
+async def rig(database_url: str) -> AsyncIterator[WebRig]:
+    async with opened(database_url) as db:
+        yield WebRig(db)
+
+
+async def observe(db: Database, replica: Replica, state: JobState, **changes: object) -> None:
+    assert replica.slurm_job_id is not None
+    job = SlurmJob(replica.slurm_job_id, replica.name, "u", state, nodes="n1", submitted_at=NOW, **changes)  # type: ignore[arg-type]
+    await slurm_jobs.record(db, [(replica.id, job)], NOW)
+
+
+async def make_ready(db: Database, replica: Replica, url: str) -> None:
+    await observe(db, replica, JobState.RUNNING)
+    await endpoints.ensure(db, replica, url)
+    (seen,) = [one for one in await endpoints.load_live(db) if one.replica == replica.name]
+    ready = Endpoint(
+        seen.id,
+        seen.replica_set,
+        seen.model,
+        seen.url,
+        seen.api_key,
+        health=Health.READY,
+        first_ready_at=NOW,
+        confirmed_at=NOW,
+    )
+    await endpoints.save(db, ready, seen=seen)
+
+
+async def scraped(rig: WebRig) -> dict[tuple[str, tuple[str, ...]], float]:
+    """Values by the metric's name and its labels' values, in the order of the labels' names."""
+    answer = await rig.ask("GET", "/metrics", headers={})
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/plain")
+    return {
+        (sample.name, tuple(value for _, value in sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+
+
+async def test_prometheus_is_given_every_live_endpoint_with_its_labels(rig: WebRig) -> None:
+    replica = await make_replica(rig.db, await make_set(rig.db), Phase.RUNNING)
+    await make_ready(rig.db, replica, "http://n1:20000")
+    box = ReplicaSetSpec("box", "gemma", endpoints=(ExternalEndpoint("https://[fd00::1]", "k"),))
+    await replica_sets.apply(rig.db, box, actor="ann", now=NOW)
+    answer = await rig.ask("GET", "/sd/prometheus", headers={})
+    assert answer.json() == [
+        {
+            "targets": ["n1:20000"],
+            "labels": {
+                "model": "m",
+                "replica_set": "a",
+                "replica": replica.name,
+                "node": "n1",
+                "slurm_job_id": str(replica.slurm_job_id),
+            },
+        },
+        {
+            "targets": ["[fd00::1]:443"],
+            "labels": {
+                "model": "gemma",
+                "replica_set": "box",
+                "replica": "",
+                "node": "",
+                "slurm_job_id": "",
+                "__scheme__": "https",
+            },
+        },
+    ]
+
+
+@pytest.mark.parametrize(
+    ("url", "target"),
+    [("http://h", "h:80"), ("http://10.0.0.1:8000", "10.0.0.1:8000"), ("https://h:8443", "h:8443")],
+)
+def test_a_target_always_has_its_port(url: str, target: str) -> None:
+    assert target_group(Target(url, "m", "a", "", "", None))["targets"] == [target]
+
+
+async def test_metrics_tell_what_the_database_knows_at_the_scrape(rig: WebRig) -> None:
+    a = await make_set(rig.db, min_replicas=2)
+    running = await make_replica(rig.db, a, Phase.RUNNING)
+    queued = [await make_replica(rig.db, a, Phase.QUEUED) for _ in range(2)]
+    await make_replica(rig.db, a, Phase.ENDED)
+    await make_ready(rig.db, running, "http://n1:20000")
+    await observe(rig.db, queued[0], JobState.PENDING, state_reason="Resources")
+    await observe(rig.db, queued[1], JobState.PENDING, state_reason="ReqNodeNotAvail, UnavailableNodes:n[1-9]")
+    rig.metrics.alerts.labels("grafana", "accepted").inc(3)
+    rig.now = NOW + timedelta(seconds=90)
+    found = await scraped(rig)
+    expected = {
+        ("controlplane_replicas", ("RUNNING", "a")): 1,
+        ("controlplane_replicas", ("QUEUED", "a")): 2,
+        ("controlplane_replicas", ("PENDING", "a")): 0,
+        ("controlplane_replicas_desired", ("m", "a")): 2,
+        ("controlplane_replicas_routable", ("m", "a")): 1,
+        ("controlplane_endpoint_last_confirmed_age_seconds", (running.name,)): 90,
+        ("controlplane_slurm_job_pending_seconds", ("Resources", "a")): 90,
+        ("controlplane_slurm_job_pending_seconds", ("ReqNodeNotAvail", "a")): 90,
+        ("controlplane_alerts_total", ("accepted", "grafana")): 3,
+        ("controlplane_database_up", ()): 1,
+    }
+    assert {key: found.get(key) for key in expected} == expected
+    assert ("controlplane_replicas", ("ENDED", "a")) not in found
+
+
+async def test_a_set_scaled_to_zero_is_there_with_zeros(rig: WebRig) -> None:
+    await make_set(rig.db)
+    found = await scraped(rig)
+    assert found["controlplane_replicas_routable", ("m", "a")] == 0
+    assert sum(value for (name, _), value in found.items() if name == "controlplane_replicas") == 0
+
+
+async def test_a_prometheus_that_asks_for_openmetrics_gets_one_document(rig: WebRig) -> None:
+    answer = await rig.ask("GET", "/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"})
+    assert answer.headers["content-type"].startswith("application/openmetrics-text")
+    assert answer.text.count("# EOF") == 1
+    assert answer.text.endswith("# EOF\n")
+
+
+async def test_ready_names_each_part_and_a_degraded_one_is_not_unready(rig: WebRig) -> None:
+    answer = await rig.ask("GET", "/ready", headers={})
+    assert (answer.status_code, answer.json()["status"]) == (200, "degraded")
+    assert answer.json()["parts"]["lease"]["remedy"]
+    await leases.acquire(rig.db, "reconcile", "host-1", timedelta(minutes=10))
+    answer = await rig.ask("GET", "/ready", headers={})
+    assert (answer.status_code, answer.json()["status"]) == (200, "ready")
+    assert answer.json()["parts"]["lease"]["message"] == "reconcile: host-1, term 1"
+    rig.slurm = Part(PartStatus.DEGRADED, "slurmrestd does not answer", "see that it runs")
+    answer = await rig.ask("GET", "/ready", headers={})
+    assert (answer.status_code, answer.json()["status"]) == (200, "degraded")
+    assert answer.json()["parts"]["slurm"]["remedy"] == "see that it runs"
+
+
+async def test_a_database_of_another_schema_is_unready_and_says_what_to_run(rig: WebRig) -> None:
+    async with rig.db.connection() as connection:
+        await connection.execute("DELETE FROM _yoyo_migration")
+    answer = await rig.ask("GET", "/ready", headers={})
+    assert (answer.status_code, answer.json()["status"]) == (503, "unready")
+    assert "controlplane migrate" in answer.json()["parts"]["schema"]["remedy"]
+
+
+async def test_without_postgresql_the_process_is_alive_unready_and_still_scraped(free_port: int) -> None:
+    url = f"postgresql://user:password@127.0.0.1:{free_port}/x"
+    async with Database(DatabaseOptions(url=url, timeout_seconds=0.2)) as db:
+        rig = WebRig(db)
+        assert (await rig.ask("GET", "/health", headers={})).json() == {"status": "ok"}
+        answer = await rig.ask("GET", "/ready", headers={})
+        assert (answer.status_code, answer.json()["status"]) == (503, "unready")
+        assert "DATABASE_URL" in answer.json()["parts"]["database"]["remedy"]
+        assert "password" not in answer.text
+        assert (await rig.ask("GET", "/sd/prometheus", headers={})).status_code == 503
+        found = await scraped(rig)
+        assert found["controlplane_database_up", ()] == 0
+        assert not any(name == "controlplane_replicas" for name, _ in found)
