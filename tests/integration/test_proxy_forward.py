@@ -1,0 +1,521 @@
+"""One request through the proxy: what reaches an upstream, what comes back, and what becomes of failures."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import pytest
+
+from controlplane.db import Database
+from controlplane.demo.postgres import PrivatePostgres
+from tests.conftest import eventually
+from tests.integration.proxy_rig import (
+    CHAT,
+    MODEL,
+    QUICK,
+    SECONDS,
+    Connection,
+    Received,
+    Running,
+    make_key,
+    make_routable,
+    opened,
+    refusing_url,
+    running_proxy,
+    silent_url,
+    upstream,
+)
+
+REPLY = b'{"id":"chatcmpl-1",  "choices":[]}'
+
+
+@pytest.fixture(scope="module")
+def shared_url(postgres: PrivatePostgres, template_database: str) -> Iterator[str]:
+    """One database for all: each test gives the one replica set endpoints of its own, which replace the last one's."""
+    yield postgres.create_database("proxy_forward", template=template_database)
+    postgres.drop_database("proxy_forward")
+
+
+@pytest.fixture
+async def db(shared_url: str) -> AsyncIterator[Database]:
+    async with opened(shared_url) as database:
+        yield database
+
+
+async def reply(request: Received, connection: Connection) -> None:
+    await connection.answer(REPLY)
+
+
+async def hang(request: Received, connection: Connection) -> None:
+    await connection.closed_by_the_proxy()
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+# --- byte for byte ---------------------------------------------------------------------------------------
+
+
+async def test_body_and_answer_are_passed_on_byte_for_byte(db: Database) -> None:
+    body = '{ "model":\t"tiny" , "messages":[{"content":"\\u00e9 é 🜚"}],\n"x":1.0e0 }  '.encode()
+
+    async def odd(request: Received, connection: Connection) -> None:
+        await connection.answer(b'{ "odd" :  1.0e0}\n', status="418 I'm a Teapot", content_type="application/odd")
+
+    async with upstream(odd) as server:
+        await make_routable(db, server.url)
+        async with running_proxy(db, key=await make_key(db)) as proxy:
+            response = await proxy.client.post(CHAT + "?beta=true&x=%2F", content=body)
+    assert (response.status_code, response.content) == (418, b'{ "odd" :  1.0e0}\n')
+    assert response.headers["content-type"] == "application/odd"
+    [request] = server.requests
+    assert request.line == f"POST {CHAT}?beta=true&x=%2F HTTP/1.1"
+    assert request.body == body
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages", "/tokenize"])
+async def test_every_json_route_is_passed_on_under_its_own_path(db: Database, path: str) -> None:
+    async with upstream(reply) as server:
+        await make_routable(db, server.url)
+        async with running_proxy(db, key=await make_key(db)) as proxy:
+            response = await proxy.client.post(path, json={"model": MODEL})
+    assert response.content == REPLY
+    assert [request.line for request in server.requests] == [f"POST {path} HTTP/1.1"]
+
+
+async def test_an_upstream_is_given_its_own_key_and_never_the_clients(db: Database) -> None:
+    async with upstream(reply) as server:
+        await make_routable(db, server.url, api_key="the-endpoints-own")
+        key = await make_key(db)
+        async with running_proxy(db, key=key) as proxy:
+            headers = {"x-api-key": key, "api-key": key, "cookie": "session=1", "proxy-authorization": "Basic eDp5"}
+            await proxy.client.post(CHAT, json={"model": MODEL}, headers=headers)
+    [request] = server.requests
+    assert request.header("authorization") == ["Bearer the-endpoints-own"]
+    assert key not in str(request)
+    assert {"x-api-key", "api-key", "cookie", "proxy-authorization"}.isdisjoint(dict(request.headers))
+
+
+async def test_hop_by_hop_headers_stop_at_the_proxy_in_both_directions(db: Database) -> None:
+    async def chatty(request: Received, connection: Connection) -> None:
+        head = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: x-hop\r\nx-hop: 1\r\nx-end: 2\r\nserver: up\r\n\r\n"
+        await connection.send(head.encode() + b"{}")
+
+    async with upstream(chatty) as server:
+        await make_routable(db, server.url)
+        async with running_proxy(db, key=await make_key(db)) as proxy:
+            headers = {"connection": "keep-alive, x-mine", "x-mine": "1", "te": "trailers", "x-kept": "2"}
+            response = await proxy.client.post(CHAT, json={"model": MODEL}, headers=headers)
+    sent = dict(server.requests[0].headers)
+    assert sent["x-kept"] == "2"
+    assert {"connection", "x-mine", "te"}.isdisjoint(sent)
+    assert response.headers["x-end"] == "2"
+    assert "x-hop" not in response.headers
+    assert response.headers.get_list("server") == ["uvicorn"]
+    assert len(response.headers.get_list("date")) == 1
+
+
+async def test_a_sane_request_id_is_kept_and_an_odd_one_is_replaced(db: Database) -> None:
+    async with upstream(reply) as server:
+        await make_routable(db, server.url)
+        async with running_proxy(db, key=await make_key(db)) as proxy:
+            answers = [
+                await proxy.client.post(CHAT, json={"model": MODEL}, headers={"x-request-id": given})
+                for given in ("my-req:42", "no spaces allowed", "x" * 129)
+            ]
+            bare = await proxy.chat()
+    ids = [answer.headers["x-request-id"] for answer in [*answers, bare]]
+    assert ids[0] == "my-req:42"
+    assert len(set(ids)) == 4
+    assert all(len(made) == 32 for made in ids[1:])
+    assert [request.header("x-request-id") for request in server.requests] == [[one] for one in ids]
+
+
+async def test_a_streams_events_arrive_one_by_one_as_the_upstream_sends_them(db: Database) -> None:
+    go_on = asyncio.Event()
+
+    async def paced(request: Received, connection: Connection) -> None:
+        await connection.begin_stream("cache-control: max-age=9")
+        for number in range(3):
+            await connection.event(str(number))
+            await go_on.wait()
+            go_on.clear()
+        await connection.event("[DONE]")
+        await connection.end_stream()
+
+    async with upstream(paced) as server:
+        await make_routable(db, server.url)
+        async with running_proxy(db, key=await make_key(db)) as proxy:
+            body = {"model": MODEL, "stream": True}
+            async with proxy.client.stream("POST", CHAT, json=body) as response:
+                pieces = response.aiter_raw()
+                for number in range(3):
+                    assert await anext(pieces) == b"data: %d\n\n" % number
+                    go_on.set()
+                rest = b"".join([piece async for piece in pieces])
+    assert rest == b"data: [DONE]\n\n"
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert response.headers.get_list("cache-control") == ["no-cache"]
+    assert response.headers["x-accel-buffering"] == "no"
+
+
+async def test_a_client_that_reads_slowly_is_not_the_upstreams_fault(db: Database) -> None:
+    size = 24 * 1024 * 1024
+
+    async def large(request: Received, connection: Connection) -> None:
+        await connection.answer(b"x" * size)
+
+    options = replace(QUICK, idle_timeout_seconds=0.3)
+    async with upstream(large) as server:
+        await make_routable(db, server.url)
+        async with running_proxy(db, options, key=await make_key(db)) as proxy:
+            reader, writer = await proxy.raw()
+            head = await reader.readuntil(b"\r\n\r\n")
+            await asyncio.sleep(2 * options.idle_timeout_seconds)  # the time itself is what is tested
+            body = await reader.readexactly(size)
+            writer.close()
+    assert head.startswith(b"HTTP/1.1 200")
+    assert body.count(b"x") == size
+
+
+# --- balancing and retry ---------------------------------------------------------------------------------
+
+
+async def test_requests_go_to_the_endpoint_with_the_fewest_in_flight(db: Database) -> None:
+    release = asyncio.Event()
+
+    async def wait(request: Received, connection: Connection) -> None:
+        await release.wait()
+        await connection.answer(REPLY)
+
+    async with upstream(wait) as one, upstream(wait) as two, upstream(wait) as three:
+        await make_routable(db, one.url, two.url, three.url)
+        async with running_proxy(db, key=await make_key(db)) as proxy:
+            calls = [asyncio.create_task(proxy.chat()) for _ in range(9)]
+            await eventually(lambda: sum(proxy.app.in_flight.values()) == 9)
+            assert set(proxy.app.in_flight.values()) == {3}
+            assert proxy.metric("proxy_in_flight", model=MODEL) == 9
+            release.set()
+            assert {(await call).status_code for call in calls} == {200}
+            await eventually(lambda: not proxy.app.in_flight)
+            assert proxy.metric("proxy_in_flight", model=MODEL) == 0
+
+
+async def test_a_refused_connection_is_tried_at_another_endpoint_and_avoided_for_a_while(db: Database) -> None:
+    options = replace(QUICK, avoid_seconds=60.0)
+    with refusing_url() as dead:
+        async with upstream(reply) as alive:
+            await make_routable(db, dead, alive.url)
+            async with running_proxy(db, options, key=await make_key(db)) as proxy:
+                answers = [await proxy.chat() for _ in range(20)]
+                assert {answer.status_code for answer in answers} == {200}
+                assert proxy.metric("proxy_upstream_retries_total", model=MODEL, reason="refused") == 1
+                assert not proxy.app.in_flight
+    assert len(alive.requests) == 20
+
+
+async def test_a_node_that_does_not_answer_the_connect_is_tried_at_another_endpoint(db: Database) -> None:
+    options = replace(QUICK, avoid_seconds=60.0)
+    with silent_url() as silent:
+        async with upstream(reply) as alive:
+            await make_routable(db, silent, alive.url)
+            async with running_proxy(db, options, key=await make_key(db)) as proxy:
+                answers = [await proxy.chat() for _ in range(20)]
+                assert {answer.status_code for answer in answers} == {200}
+                assert proxy.metric("proxy_upstream_retries_total", model=MODEL, reason="connect_timeout") == 1
+
+
+async def test_when_no_endpoint_can_be_reached_each_is_tried_once_and_the_answer_is_502(db: Database) -> None:
+    async with AsyncExitStack() as stack:
+        dead = [stack.enter_context(refusing_url()) for _ in range(3)]
+        await make_routable(db, *dead)
+        proxy = await stack.enter_async_context(running_proxy(db, key=await make_key(db)))
+        response = await proxy.chat()
+        assert response.status_code == 502
+        error = error_of(response)
+        assert (error["code"], error["type"]) == ("upstream_error", "server_error")
+        assert "127.0.0.1" not in response.text
+        assert proxy.metric("proxy_upstream_retries_total", model=MODEL, reason="refused") == 2
+        assert proxy.metric("proxy_requests_total", model=MODEL, tenant="tenant", code="502") == 1
+
+
+async def test_an_endpoint_that_is_avoided_is_still_used_when_there_is_no_other(db: Database) -> None:
+    options = replace(QUICK, avoid_seconds=60.0)
+    with refusing_url() as dead:
+        await make_routable(db, dead)
+        async with running_proxy(db, options, key=await make_key(db)) as proxy:
+            assert (await proxy.chat()).status_code == 502
+            assert (await proxy.chat()).status_code == 502
+
+
+async def test_a_request_that_may_have_been_received_is_never_sent_again(db: Database) -> None:
+    async def swallow(request: Received, connection: Connection) -> None:
+        connection.close()
+
+    async with upstream(swallow) as one, upstream(swallow) as two:
+        await make_routable(db, one.url, two.url)
+        async with running_proxy(db, key=await make_key(db)) as proxy:
+            response = await proxy.chat()
+            assert response.status_code == 502
+            assert error_of(response)["code"] == "upstream_error"
+            assert len(one.requests) + len(two.requests) == 1
+            assert not proxy.app.in_flight
+
+
+async def test_a_kept_connection_that_dies_with_a_request_on_it_is_not_tried_again(db: Database) -> None:
+    async def only_once(request: Received, connection: Connection) -> None:
+        if connection.number == 0 and len(server.requests) == 2:
+            connection.close()
+        else:
+            await connection.answer(REPLY)
+
+    async with upstream(only_once) as server:
+        await make_routable(db, server.url)
+        async with running_proxy(db, key=await make_key(db)) as proxy:
+            assert [(await proxy.chat()).status_code for _ in range(3)] == [200, 502, 200]
+    assert (len(server.requests), server.connections) == (3, 2)
+
+
+async def test_a_kept_connection_that_the_upstream_has_closed_is_replaced_unnoticed(db: Database) -> None:
+    has_closed = asyncio.Event()
+
+    async def close_after_the_answer(request: Received, connection: Connection) -> None:
+        await connection.answer(REPLY)
+        connection.close()
+        await connection.writer.wait_closed()
+        has_closed.set()
+
+    async with upstream(close_after_the_answer) as server:
+        await make_routable(db, server.url)
+        async with running_proxy(db, key=await make_key(db)) as proxy:
+            for _ in range(3):
+                assert (await proxy.chat()).status_code == 200
+                await has_closed.wait()
+                has_closed.clear()
+    assert server.connections == 3
+
+
+async def test_idle_connections_are_reused_and_closed_before_vllm_would_close_them(db: Database) -> None:
+    closed = asyncio.Event()
+
+    async def watch(request: Received, connection: Connection) -> None:
+        await connection.answer(REPLY)
+        if len(server.requests) == 3:
+            await connection.closed_by_the_proxy()
+            closed.set()
+
+    async with upstream(watch) as server:
+        await make_routable(db, server.url)
+        async with running_proxy(db, replace(QUICK, keepalive_seconds=0.2), key=await make_key(db)) as proxy:
+            assert [(await proxy.chat()).status_code for _ in range(3)] == [200, 200, 200]
+            assert server.connections == 1
+            async with asyncio.timeout(SECONDS):
+                await closed.wait()
+
+
+# --- late and broken -------------------------------------------------------------------------------------
+
+
+async def test_a_late_first_byte_is_504_and_ends_the_upstream_request(db: Database) -> None:
+    ended = asyncio.Event()
+
+    async def headers_only(request: Received, connection: Connection) -> None:
+        await connection.begin_stream()  # vLLM sends these at once; they promise nothing
+        await connection.closed_by_the_proxy()
+        ended.set()
+
+    async with upstream(headers_only) as one, upstream(headers_only) as two:
+        await make_routable(db, one.url, two.url)
+        options = replace(QUICK, first_byte_timeout_seconds=0.2)
+        async with running_proxy(db, options, key=await make_key(db)) as proxy:
+            response = await proxy.chat(stream=True)
+            assert response.status_code == 504
+            assert error_of(response)["code"] == "upstream_timeout"
+            async with asyncio.timeout(1.0):
+                await ended.wait()
+            assert len(one.requests) + len(two.requests) == 1
+            assert not proxy.app.in_flight
+
+
+async def broken_stream(db: Database, cut: bytes, *, hangs: bool = False) -> tuple[httpx.Response, Running]:
+    """The answer when an upstream sends one whole event, then `cut`, and then closes or says nothing more."""
+
+    async def stop(request: Received, connection: Connection) -> None:
+        await connection.begin_stream()
+        await connection.event('{"delta":"a"}')
+        if cut:
+            await connection.chunk(cut)
+        if hangs:
+            await connection.closed_by_the_proxy()
+        else:
+            connection.close()
+
+    async with upstream(stop) as server:
+        await make_routable(db, server.url)
+        options = replace(QUICK, idle_timeout_seconds=0.2)
+        async with running_proxy(db, options, key=await make_key(db)) as proxy:
+            response = await proxy.chat(stream=True)
+            await eventually(lambda: proxy.metric("proxy_broken_streams_total", model=MODEL) == 1)
+            assert not proxy.app.in_flight
+            return response, proxy
+
+
+@pytest.mark.parametrize("hangs", [False, True], ids=["closed", "hanging"])
+async def test_a_stream_that_breaks_ends_with_one_error_event_and_no_done(db: Database, hangs: bool) -> None:
+    response, _ = await broken_stream(db, b"", hangs=hangs)
+    assert response.status_code == 200
+    first, last, rest = response.text.split("\n\n")
+    assert first == 'data: {"delta":"a"}'
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "upstream_error"
+    assert rest == ""
+
+
+async def test_an_error_event_is_an_event_of_its_own_even_after_half_an_event(db: Database) -> None:
+    response, _ = await broken_stream(db, b'data: {"del')
+    first, half, last, rest = response.text.split("\n\n")
+    assert (first, half, rest) == ('data: {"delta":"a"}', 'data: {"del', "")
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "upstream_error"
+
+
+async def test_a_body_that_breaks_off_reaches_the_client_visibly_short(db: Database) -> None:
+    async def cut(request: Received, connection: Connection) -> None:
+        await connection.send(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{")
+        connection.close()
+
+    async def cut_chunked(request: Received, connection: Connection) -> None:
+        await connection.send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n1\r\n{\r\n")
+        connection.close()
+
+    for script in (cut, cut_chunked):
+        async with upstream(script) as server:
+            await make_routable(db, server.url)
+            async with running_proxy(db, key=await make_key(db)) as proxy:
+                with pytest.raises(httpx.RemoteProtocolError):
+                    await proxy.chat()
+                await eventually(lambda: proxy.metric("proxy_broken_streams_total", model=MODEL) == 1)
+
+
+# --- clients that leave ----------------------------------------------------------------------------------
+
+
+async def test_upstream_is_closed_within_a_second_when_the_client_leaves_before_the_first_byte(db: Database) -> None:
+    has_request, has_closed = asyncio.Event(), asyncio.Event()
+
+    async def wait(request: Received, connection: Connection) -> None:
+        has_request.set()
+        await connection.closed_by_the_proxy()
+        has_closed.set()
+
+    async with upstream(wait) as server:
+        await make_routable(db, server.url)
+        async with running_proxy(db, key=await make_key(db)) as proxy:
+            _, writer = await proxy.raw()
+            await has_request.wait()
+            assert proxy.app.in_flight == {server.url: 1}
+            writer.close()
+            async with asyncio.timeout(1.0):
+                await has_closed.wait()
+            await eventually(lambda: proxy.metric("proxy_client_disconnects_total", model=MODEL) == 1)
+            assert proxy.metric("proxy_requests_total", model=MODEL, tenant="tenant", code="499") == 1
+            assert not proxy.app.in_flight
+
+
+@pytest.mark.parametrize("is_aborted", [False, True], ids=["closed", "reset"])
+async def test_upstream_is_closed_within_a_second_when_the_client_leaves_mid_stream(
+    db: Database, is_aborted: bool
+) -> None:
+    has_closed = asyncio.Event()
+
+    async def one_event(request: Received, connection: Connection) -> None:
+        await connection.begin_stream()
+        await connection.event("1")
+        await connection.closed_by_the_proxy()
+        has_closed.set()
+
+    async with upstream(one_event) as server:
+        await make_routable(db, server.url)
+        async with running_proxy(db, key=await make_key(db)) as proxy:
+            reader, writer = await proxy.raw(stream=True)
+            await reader.readuntil(b"data: 1\n\n")
+            writer.transport.abort() if is_aborted else writer.close()
+            async with asyncio.timeout(1.0):
+                await has_closed.wait()
+            await eventually(lambda: proxy.metric("proxy_client_disconnects_total", model=MODEL) == 1)
+            assert proxy.metric("proxy_requests_total", model=MODEL, tenant="tenant", code="200") == 1
+            assert proxy.metric("proxy_broken_streams_total", model=MODEL) == 0
+            assert not proxy.app.in_flight
+
+
+async def test_upstream_is_closed_when_a_client_leaves_that_did_not_read(db: Database) -> None:
+    has_closed = asyncio.Event()
+
+    async def flood(request: Received, connection: Connection) -> None:
+        await connection.send(b"HTTP/1.1 200 OK\r\ncontent-length: 1000000000\r\n\r\n")
+        try:
+            while True:
+                await connection.send(b"x" * 65536)
+        except ConnectionError:
+            has_closed.set()
+
+    async with upstream(flood) as server:
+        await make_routable(db, server.url)
+        async with running_proxy(db, key=await make_key(db)) as proxy:
+            reader, writer = await proxy.raw()
+            await reader.readuntil(b"\r\n\r\n")
+            writer.transport.abort()
+            async with asyncio.timeout(1.0):
+                await has_closed.wait()
+            await eventually(lambda: not proxy.app.in_flight)
+
+
+async def test_a_client_that_leaves_while_it_sends_its_body_costs_nothing(db: Database) -> None:
+    async with upstream(reply) as server:
+        await make_routable(db, server.url)
+        async with running_proxy(db, key=await make_key(db)) as proxy:
+            _, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+            writer.write(f"POST {CHAT} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {proxy.key}\r\n".encode())
+            writer.write(b'content-length: 100\r\n\r\n{"model":')
+            await writer.drain()
+            writer.close()
+            await eventually(lambda: proxy.metric("proxy_requests_total", model="", tenant="tenant", code="499") == 1)
+    assert server.requests == []
+
+
+# --- many ------------------------------------------------------------------------------------------------
+
+
+async def test_two_hundred_streams_at_once_all_arrive_whole(db: Database) -> None:
+    everybody = asyncio.Barrier(200)
+
+    async def together(request: Received, connection: Connection) -> None:
+        who = json.loads(request.body)["user"]
+        await connection.begin_stream()
+        await connection.event(who)
+        await everybody.wait()  # all of them are under way at the same time
+        for number in range(5):
+            await connection.event(f"{who}.{number}")
+        await connection.event("[DONE]")
+        await connection.end_stream()
+
+    async with upstream(together) as one, upstream(together) as two:
+        await make_routable(db, one.url, two.url)
+        async with running_proxy(db, key=await make_key(db)) as proxy:
+            answers = await asyncio.gather(*(proxy.chat(stream=True, user=f"u{number}") for number in range(200)))
+            for number, answer in enumerate(answers):
+                user = f"u{number}"
+                events = [user, *(f"{user}.{step}" for step in range(5)), "[DONE]"]
+                assert answer.text == "".join(f"data: {event}\n\n" for event in events)
+            assert (len(one.requests), len(two.requests)) == (100, 100)
+            await eventually(lambda: not proxy.app.in_flight)
+            assert proxy.metric("proxy_requests_total", model=MODEL, tenant="tenant", code="200") == 200
+            assert proxy.metric("proxy_first_byte_seconds_count", model=MODEL) == 200
+            assert proxy.metric("proxy_overhead_seconds_count") == 200
