@@ -1,0 +1,243 @@
+"""The composition root: what each room is given of the settings, and what is started for each role. No logic.
+
+`serve` starts whoever is away: `dependencies` says so, and the loops begin once the database is there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from contextlib import AsyncExitStack
+from datetime import timedelta
+from enum import StrEnum
+from random import SystemRandom
+
+import httpx
+import uvloop
+from prometheus_client import CollectorRegistry
+
+from controlplane import proxy, web
+from controlplane.clock import utc_now
+from controlplane.db import Database, DatabaseError, DatabaseOptions, slurm_jobs
+from controlplane.dependencies import DatabaseWatch, SlurmWatch
+from controlplane.metrics import ControlPlaneMetrics, ProxyMetrics
+from controlplane.reconcile.actions import ActionOptions, Actor
+from controlplane.reconcile.alerts import AlertPullLoop, AlertPullOptions, AlertSource
+from controlplane.reconcile.endpoints import EndpointLoop, EndpointOptions
+from controlplane.reconcile.janitor import JanitorLoop, JanitorOptions
+from controlplane.reconcile.loop import Loop, Runner, RunnerOptions
+from controlplane.reconcile.pauses import PauseLoop, PauseOptions
+from controlplane.reconcile.probe import ProbeLimits
+from controlplane.reconcile.replicas import ReplicaLoop, ReplicaOptions
+from controlplane.servers import Duty, Server, run_until_stopped
+from controlplane.settings import Settings
+from controlplane.slurm.client import SlurmClient, SlurmOptions
+from controlplane.slurm.script import ScriptOptions
+from controlplane.slurm.tokens import MintedToken, StaticToken, TokenCommand, TokenFile, TokenSource
+
+_RETRY_SECONDS = 1.0
+
+
+class Role(StrEnum):
+    ALL = "all"
+    CONTROL = "control"
+    PROXY = "proxy"
+
+
+def serve(settings: Settings, role: Role) -> int:
+    """Serve until a signal says to stop; returns the process's exit code. Raises CannotListen."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve(settings, role))
+
+
+async def _serve(settings: Settings, role: Role) -> int:
+    async with AsyncExitStack() as stack:
+        db = await stack.enter_async_context(Database(database_options(settings)))
+        database = DatabaseWatch(db)
+        servers: list[Server] = []
+        duties: list[Duty] = [database.run]
+        if role is not Role.PROXY:
+            metrics = ControlPlaneMetrics(CollectorRegistry())
+            slurm = slurm_client(settings, metrics)
+            http = await stack.enter_async_context(httpx.AsyncClient(trust_env=False))
+            watch = None
+            if slurm is not None:
+                await stack.enter_async_context(slurm)
+                watch = SlurmWatch(slurm, metrics)
+                duties.append(watch.run)
+            servers.append(_control_server(settings, db, metrics, watch))
+            duties.append(lambda: _reconcile(settings, db, database, slurm, http, metrics))
+        if role is not Role.CONTROL:
+            servers.append(_proxy_server(settings, db))
+        return await run_until_stopped(servers, duties)
+
+
+def _control_server(settings: Settings, db: Database, metrics: ControlPlaneMetrics, watch: SlurmWatch | None) -> Server:
+    app = web.create_app(db, web_options(settings), metrics, slurm_status=lambda: watch.part if watch else None)
+    return Server(
+        "control plane",
+        app,
+        host=settings.web.host,
+        port=settings.web.port,
+        drain_timeout_seconds=settings.database.statement_timeout_seconds,
+    )
+
+
+def _proxy_server(settings: Settings, db: Database) -> Server:
+    return Server(
+        "proxy",
+        proxy.create_app(db, proxy_options(settings), ProxyMetrics(CollectorRegistry())),
+        host=settings.proxy.host,
+        port=settings.proxy.port,
+        drain_timeout_seconds=settings.proxy.drain_timeout_seconds,
+    )
+
+
+async def _reconcile(
+    settings: Settings,
+    db: Database,
+    database: DatabaseWatch,
+    slurm: SlurmClient | None,
+    http: httpx.AsyncClient,
+    metrics: ControlPlaneMetrics,
+) -> None:
+    await database.ready.wait()
+    endpoint_loop = EndpointLoop(db, endpoint_options(settings), utc_now, http)
+    loops: list[Loop] = [endpoint_loop, PauseLoop(db, PauseOptions()), JanitorLoop(db, JanitorOptions())]
+    if sources := alert_sources(settings):
+        pull = AlertPullOptions(sources, interval_seconds=settings.alerts.pull_interval_seconds)
+        loops.append(AlertPullLoop(db, pull, http))
+    if slurm is not None:
+        instance_id = await _instance_id(db)
+        actor = Actor(db, slurm, action_options(settings, instance_id), utc_now, SystemRandom())
+        loops.append(ReplicaLoop(db, slurm, actor, replica_options(settings, instance_id), metrics, utc_now))
+    options = RunnerOptions(f"{socket.gethostname()}/{os.getpid()}", settings.reconcile.lease_seconds)
+    try:
+        await Runner(db, loops, options, metrics, utc_now).run()
+    finally:
+        await endpoint_loop.close()
+
+
+async def _instance_id(db: Database) -> str:
+    while True:
+        try:
+            return await slurm_jobs.instance_id(db)
+        except DatabaseError:  # DatabaseWatch says so
+            await asyncio.sleep(_RETRY_SECONDS)
+
+
+# --- what each room is given -----------------------------------------------------------------------------
+
+
+def database_options(settings: Settings) -> DatabaseOptions:
+    return DatabaseOptions(
+        url=settings.database_url.get_secret_value(),
+        max_connections=settings.database.max_connections,
+        timeout_seconds=settings.database.timeout_seconds,
+        statement_timeout_seconds=settings.database.statement_timeout_seconds,
+    )
+
+
+def web_options(settings: Settings) -> web.WebOptions:
+    webhook = settings.webhook
+    return web.WebOptions(
+        webhook=web.WebhookCredentials(
+            bearer_tokens=tuple(token.get_secret_value() for token in webhook.bearer_tokens),
+            basic_credentials=tuple(f"{one.name}:{one.secret.get_secret_value()}" for one in webhook.basic_credentials),
+            hmac_secrets=tuple(secret.get_secret_value() for secret in webhook.hmac_secrets),
+            hmac_header=webhook.hmac_header,
+            hmac_timestamp_header=webhook.hmac_timestamp_header,
+        ),
+        operators=tuple(web.OperatorToken(one.name, one.secret.get_secret_value()) for one in settings.operator.tokens),
+        script=script_options(settings),
+        max_body_bytes=webhook.max_body_bytes,
+    )
+
+
+def proxy_options(settings: Settings) -> proxy.ProxyOptions:
+    chosen = settings.proxy
+    return proxy.ProxyOptions(
+        max_body_bytes=chosen.max_body_bytes,
+        refresh_seconds=chosen.refresh_seconds,
+        connect_timeout_seconds=chosen.connect_timeout_seconds,
+        first_byte_timeout_seconds=chosen.first_byte_timeout_seconds,
+        idle_timeout_seconds=chosen.idle_timeout_seconds,
+    )
+
+
+def endpoint_options(settings: Settings) -> EndpointOptions:
+    probe = settings.probe
+    limits = ProbeLimits(timeout_seconds=probe.timeout_seconds, token_timeout_seconds=probe.completion_timeout_seconds)
+    return EndpointOptions(ready_interval_seconds=probe.interval_seconds, limits=limits)
+
+
+def alert_sources(settings: Settings) -> list[AlertSource]:
+    """Where active alerts are pulled from; none: webhooks have to do."""
+    sources = []
+    if (grafana := settings.grafana).url is not None:
+        token = grafana.token.get_secret_value() if grafana.token else None
+        sources.append(AlertSource("grafana", grafana.url, token, grafana.org_id))
+    if settings.alertmanager.url is not None:
+        sources.append(AlertSource("alertmanager", settings.alertmanager.url))
+    return sources
+
+
+def replica_options(settings: Settings, instance_id: str) -> ReplicaOptions:
+    return ReplicaOptions(
+        instance_id,
+        interval_seconds=settings.reconcile.interval_seconds,
+        stale_after=timedelta(seconds=settings.alerts.stale_after_seconds),
+    )
+
+
+def action_options(settings: Settings, instance_id: str) -> ActionOptions:
+    scripts, job_directory = script_options(settings), settings.slurm.job_directory
+    assert scripts is not None  # settings insist on both where there is a Slurm
+    assert job_directory is not None
+    first_port, last_port = settings.slurm.port_range
+    return ActionOptions(job_directory, scripts, instance_id, first_port, last_port)
+
+
+def script_options(settings: Settings) -> ScriptOptions | None:
+    """How job scripts are made; None where there is no Slurm to run them."""
+    if settings.slurm.url is None:
+        return None
+    directory = settings.slurm.template_directory
+    return ScriptOptions(template_directories=(directory,) if directory else ())
+
+
+def slurm_client(settings: Settings, metrics: ControlPlaneMetrics) -> SlurmClient | None:
+    """A client that measures its calls; None where no Slurm is set."""
+    slurm = settings.slurm
+    if slurm.url is None:
+        return None
+    assert slurm.user_name is not None  # settings insist on it where there is a Slurm
+    options = SlurmOptions(
+        url=slurm.url,
+        user_name=slurm.user_name,
+        token_source=token_source(settings),
+        user_id=slurm.user_id,
+        api_version=slurm.api_version,
+        timeout_seconds=slurm.timeout_seconds,
+        submit_grace_seconds=slurm.submit_grace_seconds,
+    )
+
+    def measure(operation: str, outcome: str, seconds: float) -> None:
+        metrics.slurm_request_seconds.labels(operation, outcome).observe(seconds)
+
+    return SlurmClient(options, clock=utc_now, on_call=measure)
+
+
+def token_source(settings: Settings) -> TokenSource | None:
+    """The one way to a token that is set; None: slurmrestd's socket asks for none."""
+    slurm = settings.slurm
+    if slurm.token is not None:
+        return StaticToken(slurm.token.get_secret_value())
+    if slurm.token_file is not None:
+        return TokenFile(slurm.token_file)
+    if slurm.token_command is not None:
+        return TokenCommand(slurm.token_command)
+    if slurm.jwt_key_file is not None and slurm.user_name is not None:
+        return MintedToken(slurm.jwt_key_file, slurm.user_name)
+    return None

@@ -1,0 +1,365 @@
+"""The command line: `controlplane VERB`. Operators' verbs talk to the database that `DATABASE_URL` names.
+
+What an operator can be told is one sentence on stderr, never a traceback. Exit codes: 0 done, 1 failed, 2 the command
+line or the settings are wrong, 130 interrupted. What a verb needs is imported when it runs, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from controlplane import cli_keys
+from controlplane.cli_session import (
+    FAILED,
+    actor,
+    fail,
+    load_settings,
+    one_line,
+    quiet_libraries,
+    table_console,
+    with_db,
+)
+from controlplane.clock import utc_now
+from controlplane.core.verbs import Verb
+
+if TYPE_CHECKING:
+    from controlplane.core.types import ReplicaSet
+    from controlplane.db import Database
+
+_RUN, _SETS, _REPLICAS, _ACCESS = "Run it", "Look, and steer replica sets", "Single replicas", "Clients"
+
+cli = typer.Typer(
+    name="controlplane",
+    help="Alert-driven control plane and OpenAI-compatible proxy for vLLM replicas that run as Slurm jobs.",
+    epilog="Settings are environment variables; docs/configuration.md lists them, `controlplane check` tries them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+cli.add_typer(cli_keys.cli, name="keys", rich_help_panel=_ACCESS)
+
+Role = Literal["all", "control", "proxy"]
+Noun = Literal["replica-sets", "replicas", "endpoints", "alerts", "decisions"]
+Output = Literal["table", "wide", "json"]
+
+
+def main() -> None:
+    cli()
+
+
+SetName = Annotated[str, typer.Argument(help="Its name.", show_default=False)]
+ReplicaName = Annotated[str, typer.Argument(help="Its name, cp-<set>-<number>.", show_default=False)]
+Reason = Annotated[str | None, typer.Option(help="Kept with the decision, for those who ask later.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be; change nothing.")]
+
+
+# --- run it ----------------------------------------------------------------------------------------------
+
+
+@cli.command(
+    rich_help_panel=_RUN,
+    epilog="[bold]Example[/]\n\nCONTROLPLANE_LOG__FORMAT=text controlplane serve --role proxy",
+)
+def serve(
+    role: Annotated[Role, typer.Option(help="The control plane, the proxy, or both in one process.")] = "all",
+) -> None:
+    """Serve until stopped.
+
+    Starts even while PostgreSQL or slurmrestd is away: the log and /ready say so, and it goes on when they are back.
+    SIGTERM or Ctrl-C lets answers under way finish; a second one ends them.
+    """
+    settings = load_settings()
+    from controlplane import app, logs, servers
+
+    logs.configure(level=settings.log.level, form=settings.log.format)
+    try:
+        code = app.serve(settings, app.Role(role))
+    except servers.CannotListen as error:
+        fail(f"{error}; free it, or choose another with CONTROLPLANE_WEB__PORT or CONTROLPLANE_PROXY__PORT")
+    raise typer.Exit(code)
+
+
+@cli.command(rich_help_panel=_RUN)
+def migrate() -> None:
+    """Bring the database's schema to this version's. Harmless to repeat, and from several hosts at once."""
+    settings = load_settings()
+    from controlplane.db import DatabaseError
+    from controlplane.db import migrate as apply_migrations
+
+    try:
+        applied = apply_migrations(settings.database_url.get_secret_value())
+    except DatabaseError as error:
+        fail(f"PostgreSQL: {one_line(error)}; see that it runs and that DATABASE_URL is right")
+    typer.echo(f"applied {', '.join(applied)}" if applied else "nothing to do: the schema is current")
+
+
+@cli.command(rich_help_panel=_RUN)
+def check() -> None:
+    """Try what the settings point at: database, migrations, slurmrestd, token, templates, directory.
+
+    Each line says how it is and what to do. Exits 1 if something failed.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    from controlplane.cli_check import Verdict, findings
+
+    console = Console(soft_wrap=True, highlight=False)
+    colours = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.FAILED: "red"}
+
+    async def print_all() -> bool:
+        is_fine = True
+        async for one in findings(os.environ):
+            remedy = f"; {one.remedy}" if one.remedy else ""
+            console.print(
+                Text(f"{one.verdict:<8}", colours[one.verdict]), Text(f"{one.subject}: {one.sentence}{remedy}")
+            )
+            is_fine = is_fine and one.verdict is not Verdict.FAILED
+        return is_fine
+
+    quiet_libraries()
+    if not asyncio.run(print_all()):
+        raise typer.Exit(FAILED)
+
+
+@cli.command(rich_help_panel=_RUN)
+def demo(
+    keep: Annotated[bool, typer.Option("--keep", help="Stay up at the end; print every URL, key and a curl.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="One line an event instead of a live view.")] = False,
+) -> None:
+    """A whole cluster on this machine: load, alert, Slurm jobs, requests, and back to one replica."""
+    from controlplane.demo import scenario
+
+    raise typer.Exit(scenario.run(keep=keep, plain=plain))
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"controlplane {version('controlplane')}")
+        raise typer.Exit
+
+
+@cli.callback()
+def options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Say which version this is.")
+    ] = False,
+) -> None:
+    pass
+
+
+# --- look, and steer replica sets ------------------------------------------------------------------------
+
+
+@cli.command(
+    rich_help_panel=_SETS,
+    epilog="[bold]Examples[/]\n\ncontrolplane get replicas --watch\n\ncontrolplane get alerts --all -o json",
+)
+def get(
+    noun: Annotated[Noun, typer.Argument(help="What to show.", show_default=False)],
+    output: Annotated[Output, typer.Option("--output", "-o", help="json is the operators' API's.")] = "table",
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Until Ctrl-C; with -o json one line for every change.")
+    ] = False,
+    show_all: Annotated[
+        bool, typer.Option("--all", help="Also what is over: ended replicas, resolved alerts.")
+    ] = False,
+) -> None:
+    """Show replica sets, replicas, endpoints, alerts or decisions."""
+    from controlplane import cli_get
+
+    look = cli_get.watch if watch else cli_get.show
+    with_db(lambda db: look(db, noun, output, table_console(), show_all=show_all))
+
+
+@cli.command(
+    rich_help_panel=_SETS,
+    epilog="[bold]Examples[/]\n\ncontrolplane apply -f sets.yaml --dry-run\n\ngenerate-sets | controlplane apply -f -",
+)
+def apply(
+    file: Annotated[
+        Path,
+        typer.Option(
+            "--file", "-f", help="YAML, as in docs/replica-sets.schema.json; - is standard input.", show_default=False
+        ),
+    ],
+    dry_run: DryRun = False,
+) -> None:
+    """Make the replica sets of a file the ones in force; sets that it does not name stay as they are.
+
+    The whole file is checked before anything is changed. A changed job rolls its replicas one by one.
+    """
+    settings = load_settings()
+    from controlplane.app import script_options
+    from controlplane.db import replica_sets
+    from controlplane.slurm import script
+    from controlplane.specs import SpecError, parse_file
+
+    try:
+        is_stdin = str(file) == "-"
+        text = sys.stdin.read() if is_stdin else file.read_text(encoding="utf-8")
+        specs = parse_file(text, directory=Path() if is_stdin else file.parent)
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{file}: {error.strerror if isinstance(error, OSError) else 'is not text'}")
+    except SpecError as error:
+        fail(*(f"{file}: {fault}" for fault in error.faults))
+    refused = []
+    for spec in specs:
+        try:
+            script.check(spec, script_options(settings))
+        except script.ScriptError as error:
+            refused.append(f"{file}: {spec.name}: {error}")
+    if refused:
+        fail(*refused)
+
+    async def apply_all(db: Database) -> None:
+        outcomes = await replica_sets.apply_all(db, specs, actor=actor(), now=utc_now(), dry_run=dry_run)
+        for spec, outcome in zip(specs, outcomes, strict=True):
+            typer.echo(f"{spec.name} {outcome}{_dry(dry_run)}")
+
+    with_db(apply_all, settings)
+
+
+@cli.command(
+    rich_help_panel=_SETS,
+    epilog="[bold]Examples[/]\n\ncontrolplane scale qwen3-8b --replicas 3\n\n"
+    "controlplane scale qwen3-8b --min 1 --max 8 --reason launch",
+)
+def scale(
+    replica_set: SetName,
+    replicas: Annotated[
+        int | None, typer.Option(min=0, help="How many are wanted now; alerts go on from there.")
+    ] = None,
+    low: Annotated[int | None, typer.Option("--min", min=0, help="The least there may be.")] = None,
+    high: Annotated[int | None, typer.Option("--max", min=0, help="The most there may be.")] = None,
+    reason: Reason = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Say how many replicas are wanted, or between which bounds. Bounds last until the spec is applied anew."""
+    if replicas is None and low is None and high is None:
+        raise typer.BadParameter("give --replicas, --min or --max")
+    from controlplane.db import replica_sets
+
+    after = with_db(
+        lambda db: replica_sets.scale(
+            db,
+            replica_set,
+            actor=actor(),
+            now=utc_now(),
+            replicas=replicas,
+            min_replicas=low,
+            max_replicas=high,
+            reason=reason,
+            dry_run=dry_run,
+        )
+    )
+    typer.echo(f"{_in_words(after)}{_dry(dry_run)}")
+
+
+@cli.command(
+    rich_help_panel=_SETS,
+    epilog="[bold]Examples[/]\n\ncontrolplane pause qwen3-8b --until 2h --reason maintenance\n\n"
+    "controlplane pause qwen3-8b --until 2027-01-31T18:00+01:00",
+)
+def pause(
+    replica_set: SetName,
+    reason: Reason = None,
+    until: Annotated[
+        str | None, typer.Option(help="A time with its zone, or how long: 90m, 2h, 3d. Without it: until resumed.")
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Take a set out of service: no new requests, its replicas drain, none is started."""
+    from controlplane.db import replica_sets
+
+    now = utc_now()
+    end = None if until is None else _time(until, now)
+    after = with_db(
+        lambda db: replica_sets.pause(
+            db, replica_set, actor=actor(), now=now, reason=reason, until=end, dry_run=dry_run
+        )
+    )
+    typer.echo(f"{_in_words(after)}{_dry(dry_run)}")
+
+
+@cli.command(rich_help_panel=_SETS)
+def resume(replica_set: SetName, dry_run: DryRun = False) -> None:
+    """Put a paused set back into service."""
+    from controlplane.db import replica_sets
+
+    after = with_db(lambda db: replica_sets.resume(db, replica_set, actor=actor(), now=utc_now(), dry_run=dry_run))
+    typer.echo(f"{_in_words(after)}{_dry(dry_run)}")
+
+
+def _in_words(after: ReplicaSet) -> str:
+    if after.is_paused:
+        end = f"until {after.paused_until:%Y-%m-%d %H:%M} UTC" if after.paused_until else "until resumed"
+        return f"{after.name}: paused {end}"
+    if after.spec.is_external:
+        return f"{after.name}: in service"
+    return f"{after.name}: {after.desired_replicas} wanted, bounds {after.min_replicas} to {after.max_replicas}"
+
+
+# --- single replicas -------------------------------------------------------------------------------------
+
+
+@cli.command(rich_help_panel=_REPLICAS)
+def drain(replica: ReplicaName, dry_run: DryRun = False) -> None:
+    """Give a replica no new requests, let those in flight finish, then end its job."""
+    _obey(replica, Verb.DRAIN, dry_run)
+
+
+@cli.command(rich_help_panel=_REPLICAS)
+def undrain(replica: ReplicaName, dry_run: DryRun = False) -> None:
+    """Undo a drain, as long as the job was not asked to end."""
+    _obey(replica, Verb.UNDRAIN, dry_run)
+
+
+@cli.command(rich_help_panel=_REPLICAS)
+def cancel(replica: ReplicaName, dry_run: DryRun = False) -> None:
+    """End a replica's job now; its requests in flight break off. Prefer drain."""
+    _obey(replica, Verb.CANCEL, dry_run)
+
+
+def _obey(name: str, verb: Verb, dry_run: bool) -> None:
+    from controlplane.db import replicas
+
+    obeyed = with_db(lambda db: replicas.obey(db, name, verb, actor=actor(), now=utc_now(), dry_run=dry_run))
+    nothing = "" if obeyed.is_changed else ", as before"
+    typer.echo(f"{obeyed.replica.name} is {obeyed.replica.phase}{nothing}{_dry(dry_run)}")
+
+
+def _time(text: str, now: datetime) -> datetime:
+    units = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+    if match := re.fullmatch(r"(\d{1,6})([smhd])", text):
+        return now + timedelta(**{units[match[2]]: int(match[1])})
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        time = None
+    if time is None or time.tzinfo is None:
+        raise typer.BadParameter(
+            f"{text!r} is neither a time with its zone, as 2027-01-31T18:00+01:00, nor how long, as 90m, 2h or 3d",
+            param_hint="--until",
+        )
+    return time.astimezone(UTC)
+
+
+def _dry(dry_run: bool) -> str:
+    return " (dry run: nothing was changed)" if dry_run else ""
+
+
+if __name__ == "__main__":
+    main()
