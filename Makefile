@@ -1,0 +1,56 @@
+# Everything a clone needs is installed by the targets that need it; a second run takes no set-up time.
+
+SHELL := /bin/sh
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+INSTALLED := $(VENV)/installed
+
+# Debian's own Python, where it is new enough: Slurm's jobs run as another user, who must be able to read it
+SYSTEM_PYTHON = $(shell for python in /usr/bin/python3 python3; do \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check lock clean packages python
+
+help: ## say what can be made
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: packages $(INSTALLED) ## install Debian's packages and Python's into .venv, as far as they are missing
+
+demo: setup ## show the whole loop on this machine: an alert, Slurm jobs, requests, and back
+	@$(VENV)/bin/controlplane demo
+
+test: setup ## run all tests, on real PostgreSQL, Slurm, Prometheus and Alertmanager
+	@$(VENV)/bin/pytest
+
+check: python ## lint, formatting, types, and who may import whom
+	@$(VENV)/bin/ruff check
+	@$(VENV)/bin/ruff format --check
+	@$(VENV)/bin/mypy
+	@$(VENV)/bin/pytest -q tests/unit/test_floors.py
+
+lock: python ## pin all dependencies anew, with hashes, in requirements.lock
+	@$(PYTHON) -m pip install -q uv
+	@$(VENV)/bin/uv pip compile -q --universal --python-version 3.11 --extra dev --generate-hashes --no-header \
+		--no-annotate --no-emit-index-url --upgrade -o requirements.lock pyproject.toml
+
+clean: ## remove what was built and installed here
+	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+packages:
+	@controlplane/demo/debian-packages.sh
+
+python: $(INSTALLED)
+
+# a venv that does not run, after a move or with another Python, is made anew
+ifneq ($(shell $(PYTHON) -I -c 'import controlplane; print("works")' 2>/dev/null),works)
+.PHONY: $(INSTALLED)
+endif
+$(INSTALLED): requirements.lock pyproject.toml | packages
+	@test -n "$(SYSTEM_PYTHON)" || { echo "Python 3.11 or newer is needed" >&2; exit 1; }
+	@echo "Installing Python packages into $(VENV) ..."
+	@umask 022 && $(SYSTEM_PYTHON) -m venv --clear $(VENV) \
+		&& $(PYTHON) -m pip install -q --require-hashes -r requirements.lock \
+		&& $(PYTHON) -m pip install -q --no-deps -e .
+	@touch $@

@@ -1,0 +1,169 @@
+"""A whole site on one machine: Slurm, PostgreSQL, Alertmanager, Prometheus, and the control plane with its proxy.
+
+Everything is real but the GPUs and the model. The alert rules are those of `grafana/alerts/`, made Prometheus rules;
+only their durations are shortened, so that minutes become seconds. It all lives in one directory and is gone after
+`stop`, or after the next `start` in the same directory when this process was killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from controlplane.clock import utc_now
+from controlplane.core.types import ReplicaSetSpec
+from controlplane.db import Database, DatabaseOptions, keys, migrate, replica_sets
+from controlplane.demo.alert_rules import Pace, convert
+from controlplane.demo.children import Server, free_ports
+from controlplane.demo.postgres import PrivatePostgres
+from controlplane.demo.prometheus import Alertmanager, AlertmanagerOptions, Prometheus, PrometheusOptions
+from controlplane.demo.slurm_cluster import SlurmCluster
+
+ALERT_RULES = (
+    Path(__file__).resolve().parents[2] / "grafana" / "alerts",  # a checkout
+    Path(sys.prefix) / "share" / "controlplane" / "grafana" / "alerts",  # an installed package
+)
+_READY_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class SiteOptions:
+    replica_set: ReplicaSetSpec
+    nodes: int = 4
+    gpus_per_node: int = 8
+    time_scale: float = 0.1  # of every duration in the alert rules
+    database_url: str | None = None  # None: a private server
+    settings: Mapping[str, str] | None = None  # further CONTROLPLANE_* variables
+
+
+class Site(Server):
+    """Up after `start`: one replica set applied, one key made, everything ready but the replicas themselves."""
+
+    def __init__(self, directory: Path, options: SiteOptions) -> None:
+        super().__init__(directory)
+        self._options = options
+        self._parts = ExitStack()
+        self._web_port = self._proxy_port = 0
+        self.database_url = ""
+        self.api_key = ""
+        self.operator_token = secrets.token_urlsafe(24)
+        self.slurm = SlurmCluster(
+            self.directory / "slurm", nodes=options.nodes, gpus=options.gpus_per_node, extra_conf=["KillWait=5"]
+        )
+        self._webhook_token = secrets.token_urlsafe(24)
+        self.alertmanager: Alertmanager
+        self.prometheus: Prometheus
+
+    @property
+    def web_url(self) -> str:
+        """The control plane's root: private, for operators, Prometheus and alerts."""
+        return f"http://127.0.0.1:{self._web_port}"
+
+    @property
+    def proxy_url(self) -> str:
+        """The proxy's root: public, for clients."""
+        return f"http://127.0.0.1:{self._proxy_port}"
+
+    def stop(self) -> None:
+        """End everything, replicas included."""
+        self.children.close()
+        self._parts.close()
+
+    def settings(self) -> dict[str, str]:
+        """The environment of `controlplane` here: also what a person needs to use its command line."""
+        return {
+            "DATABASE_URL": self.database_url,
+            "CONTROLPLANE_WEB__PORT": str(self._web_port),
+            "CONTROLPLANE_PROXY__PORT": str(self._proxy_port),
+            "CONTROLPLANE_WEBHOOK__BEARER_TOKENS": self._webhook_token,
+            "CONTROLPLANE_OPERATOR__TOKENS": f"demo:{self.operator_token}",
+            "CONTROLPLANE_SLURM__URL": self.slurm.url,
+            "CONTROLPLANE_SLURM__USER_NAME": self.slurm.user_name,
+            "CONTROLPLANE_SLURM__JWT_KEY_FILE": str(self.slurm.jwt_key_file),
+            "CONTROLPLANE_SLURM__JOB_DIRECTORY": str(self.slurm.jobs_directory),
+            "CONTROLPLANE_ALERTMANAGER__URL": self.alertmanager.url,
+            "CONTROLPLANE_ALERTS__PULL_INTERVAL_SECONDS": "5",
+            "CONTROLPLANE_RECONCILE__INTERVAL_SECONDS": "1",
+            "CONTROLPLANE_PROBE__INTERVAL_SECONDS": "1",
+            **(self._options.settings or {}),
+        }
+
+    def start_control_plane(self) -> None:
+        """`controlplane serve`, and wait until both its halves can work."""
+        self.children.start(
+            "controlplane", [sys.executable, "-m", "controlplane.cli", "serve"], environment=self.settings()
+        )
+        self._wait_for_control_plane()
+
+    def restart_control_plane(self) -> None:
+        """As after a crash; ends it first if it still runs."""
+        self.children.restart("controlplane")
+        self._wait_for_control_plane()
+
+    def _bring_up(self) -> None:
+        try:
+            self._bring_up_parts()
+        except BaseException:
+            self._parts.close()
+            raise
+
+    def _bring_up_parts(self) -> None:
+        self.database_url = self._options.database_url or self._private_database()
+        migrate(self.database_url)
+        asyncio.run(self._prepare())
+        self._parts.enter_context(self.slurm)
+        self._web_port, self._proxy_port = free_ports(2)
+        webhook = AlertmanagerOptions(f"{self.web_url}/webhooks/alertmanager", self._webhook_token)
+        self.alertmanager = Alertmanager(self.directory / "alertmanager", webhook)
+        self._parts.enter_context(self.alertmanager)
+        rules = self.directory / "rules.yml"
+        rules.write_text(convert(_alert_rules(), Pace(self._options.time_scale)))
+        self.prometheus = Prometheus(
+            self.directory / "prometheus",
+            PrometheusOptions(
+                sd_url=f"{self.web_url}/sd/prometheus",
+                static_targets={
+                    "controlplane": [f"127.0.0.1:{self._web_port}"],
+                    "proxy": [f"127.0.0.1:{self._proxy_port}"],
+                },
+                rule_files=[rules],
+                alertmanager=self.alertmanager.address,
+            ),
+        )
+        self._parts.enter_context(self.prometheus)
+        self.start_control_plane()
+
+    def _private_database(self) -> str:
+        server = self._parts.enter_context(PrivatePostgres(self.directory / "postgres"))
+        return server.create_database("controlplane")
+
+    async def _prepare(self) -> None:
+        now = utc_now()
+        async with Database(DatabaseOptions(self.database_url)) as db:
+            await replica_sets.apply(db, self._options.replica_set, actor="demo", now=now)
+            self.api_key, _ = await keys.create(db, "demo", models=None, expires_at=None, now=now)
+
+    def _wait_for_control_plane(self) -> None:
+        def is_ready() -> bool:
+            try:
+                answers = [
+                    httpx.get(f"{url}/ready", timeout=2, trust_env=False) for url in (self.web_url, self.proxy_url)
+                ]
+            except httpx.HTTPError:
+                return False
+            return all(answer.is_success for answer in answers)
+
+        self.children.wait_until(
+            is_ready, "the control plane is ready", needs=["controlplane"], timeout_seconds=_READY_SECONDS
+        )
+
+
+def _alert_rules() -> Path:
+    return next((folder for folder in ALERT_RULES if folder.is_dir()), ALERT_RULES[0])
