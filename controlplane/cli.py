@@ -136,11 +136,18 @@ def check() -> None:
 def demo(
     keep: Annotated[bool, typer.Option("--keep", help="Stay up at the end; print every URL, key and a curl.")] = False,
     plain: Annotated[bool, typer.Option("--plain", help="One line an event instead of a live view.")] = False,
+    directory: Annotated[
+        Path, typer.Option(help="Where everything lives; other users must be able to look in.")
+    ] = Path("/var/tmp/controlplane-demo"),  # noqa: S108 - claimed while in use; a lasting path lets a later run clean up
 ) -> None:
-    """A whole cluster on this machine: load, alert, Slurm jobs, requests, and back to one replica."""
+    """A whole cluster on this machine: load, alert, Slurm jobs, requests, and back to one replica.
+
+    Needs root and the packages that `make setup` installs; a PostgreSQL of its own unless DATABASE_URL is set.
+    """
     from controlplane.demo import scenario
 
-    raise typer.Exit(scenario.run(keep=keep, plain=plain))
+    url = os.environ.get("DATABASE_URL") or None
+    raise typer.Exit(scenario.run(directory, keep=keep, plain=plain, database_url=url))
 
 
 def _print_version(wanted: bool) -> None:

@@ -7,6 +7,7 @@ it is back, and `/ready` tells it at any time.
 from __future__ import annotations
 
 import asyncio
+import math
 
 from loguru import logger
 
@@ -83,11 +84,12 @@ class SlurmWatch:
         try:
             ping = await self._slurm.ping()
         except SlurmError as error:
+            self._metrics.slurm_token_expiry_seconds.set(math.nan)
             self.part = Part(PartStatus.DEGRADED, f"Slurm cannot be used: {error}", remedy_for(error))
             return error.outcome
-        if ping.token_expires_at is not None:
-            left = ping.token_expires_at - utc_now()
-            self._metrics.slurm_token_expiry_seconds.set(left.total_seconds())
+        expires_at = ping.token_expires_at
+        left = math.nan if expires_at is None else (expires_at - utc_now()).total_seconds()
+        self._metrics.slurm_token_expiry_seconds.set(left)
         self.part = Part(PartStatus.OK, f"Slurm {ping.release} answers, API {ping.api_version}")
         return "ok"
 

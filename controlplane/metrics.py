@@ -6,6 +6,8 @@ so that every control plane tells the same truth, whether it holds the lease or 
 
 from __future__ import annotations
 
+import math
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 _FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
@@ -39,9 +41,10 @@ class ControlPlaneMetrics:
         )
         self.slurm_token_expiry_seconds = Gauge(
             "controlplane_slurm_token_expiry_seconds",
-            "How long the Slurm token is still good; absent when it does not say",
+            "How long the Slurm token is still good; NaN while that is not known",
             registry=registry,
         )
+        self.slurm_token_expiry_seconds.set(math.nan)
         self.round_seconds = Histogram(
             "controlplane_round_seconds", "One round of a loop", ["loop"], buckets=_SLOW, registry=registry
         )

@@ -119,7 +119,7 @@ class ReplicaSetSpec:
     scale_up: ScaleUp = field(default_factory=ScaleUp)
     scale_down: ScaleDown = field(default_factory=ScaleDown)
     probe: str = "completion"  # completion | chat | embedding | models: what proves that the engine lives
-    start_timeout_seconds: int = 1800  # from RUNNING to the first passed probe
+    start_timeout_seconds: int = 1800  # from the first failed probe to the first passed one
     drain_timeout_seconds: int = 600
     unhealthy_timeout_seconds: int = 120
 

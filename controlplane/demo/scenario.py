@@ -28,7 +28,6 @@ from controlplane.demo.site import Site, SiteOptions
 from controlplane.demo.story import Snapshot, Story
 from controlplane.demo.view import Face, face, summary
 
-DIRECTORY = Path("/var/tmp/controlplane-demo")  # noqa: S108 - claimed while in use; a lasting path lets a later run clean up
 _LOOK_SECONDS = 0.25
 _BUSY_CLIENTS = 34
 _QUIET_CLIENTS = 2
@@ -85,9 +84,7 @@ CHAPTERS = (
 )
 
 
-def run(
-    *, keep: bool = False, plain: bool = False, directory: Path = DIRECTORY, database_url: str | None = None
-) -> int:
+def run(directory: Path, *, keep: bool = False, plain: bool = False, database_url: str | None = None) -> int:
     """Bring the site up, tell the story, clean up. `keep`: stay up afterwards, until Ctrl-C. Returns the exit code."""
     console = Console(highlight=False)
     # TERM ends the demo as Ctrl-C does: with everything it started

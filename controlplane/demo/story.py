@@ -9,6 +9,8 @@ from controlplane.core.types import Endpoint, Phase, Replica
 from controlplane.db import Database, alerts, decisions, endpoints, replicas
 from controlplane.demo.load import Load
 
+_LONGEST_WORDS = 160
+
 
 @dataclass(frozen=True, slots=True)
 class Event:
@@ -27,6 +29,7 @@ class Snapshot:
     at: datetime
     replicas: tuple[Replica, ...]  # live ones
     endpoints: dict[str, Endpoint]
+    nodes: dict[str, str]  # by replica
     routable: int
     desired: str
     why: str
@@ -56,6 +59,7 @@ class Story:
 
     def tell(self, at: datetime, words: str, kind: str = "story", *, is_detail: bool = False) -> None:
         """Add an event, if it has not been told."""
+        words = words if len(words) <= _LONGEST_WORDS else words[: _LONGEST_WORDS - 1] + "…"
         key = (kind, at, words)
         if key not in self._told:
             self._told.add(key)
@@ -80,6 +84,7 @@ class Story:
             at=now,
             replicas=tuple(one for one in live if one.replica_set == self.replica_set),
             endpoints=seen,
+            nodes={one.replica: one.node for one in await endpoints.load_targets(self.db)},
             routable=routable,
             desired=str(latest.desired) if latest else "?",
             why=latest.explanation if latest else "",
@@ -110,7 +115,7 @@ class Story:
             if (alert.key, alert.starts_at) not in self._alerts:  # its words change with its value: told once
                 self._alerts.add((alert.key, alert.starts_at))
                 summary = alert.annotations.get("summary", "")
-                self.tell(alert.starts_at, f"{alert.alertname} fires: {summary}"[:160], "alert")
+                self.tell(alert.starts_at, f"{alert.alertname} fires: {summary}", "alert")
             if not alert.is_firing and alert.ends_at is not None:
                 self.tell(alert.ends_at, f"{alert.alertname} is resolved", "alert")
 
@@ -121,7 +126,7 @@ class Story:
         for one in newest:
             arrow = f"{one.previous} -> {one.desired}" if one.previous != one.desired else f"stays at {one.desired}"
             is_detail = one.previous == one.desired
-            self.tell(one.at, f"{one.reason}: {arrow}, {one.explanation}"[:160], "decision", is_detail=is_detail)
+            self.tell(one.at, f"{one.reason}: {arrow}, {one.explanation}", "decision", is_detail=is_detail)
         return newest[0] if newest else None
 
     async def _tell_steps(self) -> None:
@@ -129,5 +134,5 @@ class Story:
             job = f", job {step.slurm_job_id}" if step.slurm_job_id is not None else ""
             why = f" ({step.reason})" if step.reason else ""
             said = f": {step.message}" if step.message else ""
-            words = f"{step.replica} is {step.to_phase}{why}{job}{said}"[:160]
+            words = f"{step.replica} is {step.to_phase}{why}{job}{said}"
             self.tell(step.at, words, "replica", is_detail=step.to_phase in (Phase.PENDING, Phase.SUBMITTING))

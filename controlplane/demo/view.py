@@ -13,7 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from controlplane.core.types import Endpoint, Health, Phase, Replica
+from controlplane.core.types import Health, Phase, Replica
 from controlplane.demo.load import Count
 from controlplane.demo.story import Event, Snapshot, Story
 
@@ -75,11 +75,12 @@ def _replica_table(snapshot: Snapshot) -> Table:
     for column in ("replica", "phase", "since", "Slurm job", "endpoint", "health", "running", "waiting"):
         table.add_column(column, justify="right" if column in ("running", "waiting", "since") else "left")
     for replica in snapshot.replicas:
-        table.add_row(*_replica_row(replica, snapshot.endpoints.get(replica.name), snapshot.at))
+        table.add_row(*_replica_row(replica, snapshot))
     return table
 
 
-def _replica_row(replica: Replica, endpoint: Endpoint | None, now: datetime) -> list[str]:
+def _replica_row(replica: Replica, snapshot: Snapshot) -> list[str]:
+    endpoint, node = snapshot.endpoints.get(replica.name), snapshot.nodes.get(replica.name)
     colour = {Phase.RUNNING: "green", Phase.DRAINING: "yellow", Phase.STOPPING: "red"}.get(replica.phase, "white")
     health = "" if endpoint is None else endpoint.health.lower()
     if endpoint is not None and endpoint.health is Health.READY and replica.phase is Phase.RUNNING:
@@ -87,8 +88,8 @@ def _replica_row(replica: Replica, endpoint: Endpoint | None, now: datetime) -> 
     return [
         replica.name,
         f"[{colour}]{replica.phase}[/]",
-        f"{(now - replica.phase_since).total_seconds():.0f} s",
-        str(replica.slurm_job_id or ""),
+        f"{(snapshot.at - replica.phase_since).total_seconds():.0f} s",
+        f"{replica.slurm_job_id or ''}{f' on {node}' if node else ''}",
         "" if endpoint is None else endpoint.url,
         health,
         "" if endpoint is None or endpoint.running is None else str(endpoint.running),

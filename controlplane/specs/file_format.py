@@ -68,7 +68,7 @@ class SlurmDocument(_Document):
     """What one replica asks of Slurm. What is left out is the cluster's default."""
 
     time_limit_seconds: PositiveSeconds
-    """The job's walltime; a successor is started before it ends."""
+    """The job's walltime; when it has ended, another replica is started."""
     partition: Value | None = None
     account: Value | None = None
     qos: Value | None = None
@@ -160,7 +160,7 @@ class ReplicaSetDocument(_Document):
     probe: Literal["completion", "chat", "embedding", "models"] = "completion"
     """What proves that the engine lives: one token of an answer, an embedding, or only its list of models."""
     start_timeout_seconds: PositiveSeconds = 1800
-    """From the job's start to the first passed probe."""
+    """From the first look at the running server that fails to the first that passes."""
     drain_timeout_seconds: Seconds = 600
     """How long requests in flight may take to finish before the job is cancelled."""
     unhealthy_timeout_seconds: PositiveSeconds = 120

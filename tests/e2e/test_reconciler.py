@@ -113,7 +113,7 @@ async def test_a_replica_that_never_gets_ready_is_stopped_and_says_why(slurm: Sl
         assert ended.reason is Reason.START_TIMEOUT
         steps = await replicas.load_history(site.db, name=first.name)
         said = " ".join(step.message or "" for step in steps)
-        assert "not ready 2 s after its job began" in said
+        assert "not ready 2 s after it was first looked at" in said
 
 
 async def test_what_slurm_refuses_ends_rejected_with_its_words(slurm: SlurmCluster, database_url: str) -> None:

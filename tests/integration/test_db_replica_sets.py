@@ -68,7 +68,7 @@ async def test_external_endpoints_follow_the_spec_and_their_keys_stay_out_of_it(
 
 async def test_a_set_keeps_its_kind(db: Database) -> None:
     await make_set(db, "box")
-    with pytest.raises(ValueError, match="name: a set cannot change between"):
+    with pytest.raises(ValueError, match="a set cannot change between"):
         await apply(db, external(("http://one:1", None)))
 
 

@@ -18,7 +18,7 @@ ALERTS = Path(__file__).parents[2] / "grafana" / "alerts"
 QUEUE = "Requests wait for replicas"
 FIRST_TOKEN = "First tokens are slow"
 KV_CACHE = "KV cache is full while requests wait"
-HELD = "Requests are held for want of a replica"
+NO_REPLICA = "Requests find no replica"
 LOW_LOAD = "Load fits on one replica fewer"
 IDLE = "Model is idle"
 UNREACHABLE = "Replica is unreachable"
@@ -149,8 +149,13 @@ def test_both_names_of_the_kv_cache_metric_count_once(firing: Firing) -> None:
     firing(engine(waiting="2x200") | usage, {"8m": [KV_CACHE]})
 
 
-def test_held_requests_ask_for_a_first_replica_at_once(firing: Firing) -> None:
-    firing({'proxy_held_requests{job="proxy",model="m"}': "0x6 3x6 0x60"}, {"50s": [], "70s": [HELD], "8m": []})
+def test_refused_requests_ask_for_a_first_replica_at_once(firing: Firing) -> None:
+    refused = {'proxy_requests_total{job="proxy",model="m",tenant="t",code="503"}': "0x6 1+1x6 7x60"}
+    firing(refused, {"50s": [], "80s": [NO_REPLICA], "8m": []})
+
+
+def test_requests_for_models_that_nobody_knows_ask_for_nothing(firing: Firing) -> None:
+    firing({'proxy_requests_total{job="proxy",model="",tenant="t",code="503"}': "0+1x30"}, {"2m": []})
 
 
 def test_low_load_gives_replicas_back_down_to_the_last_one(firing: Firing) -> None:
