@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry
 
 from controlplane import proxy, web
 from controlplane.clock import utc_now
+from controlplane.core.planning import PlanRules
 from controlplane.db import Database, DatabaseError, DatabaseOptions, slurm_jobs
 from controlplane.dependencies import DatabaseWatch, SlurmWatch
 from controlplane.metrics import ControlPlaneMetrics, ProxyMetrics
@@ -37,6 +38,7 @@ from controlplane.slurm.script import ScriptOptions
 from controlplane.slurm.tokens import MintedToken, StaticToken, TokenCommand, TokenFile, TokenSource
 
 _RETRY_SECONDS = 1.0
+_READ_TIME = timedelta(seconds=2)  # how long a proxy's full read may take
 
 
 class Role(StrEnum):
@@ -60,7 +62,7 @@ async def _serve(settings: Settings, role: Role) -> int:
         if role is not Role.PROXY:
             metrics = ControlPlaneMetrics(CollectorRegistry())
             slurm = slurm_client(settings, metrics)
-            http = await stack.enter_async_context(httpx.AsyncClient(trust_env=False))
+            http = await stack.enter_async_context(probing_client())
             watch = None
             if slurm is not None:
                 await stack.enter_async_context(slurm)
@@ -127,6 +129,11 @@ async def _instance_id(db: Database) -> str:
             await asyncio.sleep(_RETRY_SECONDS)
 
 
+def probing_client() -> httpx.AsyncClient:
+    """Without httpx's limit of 100 connections: those that hang must not keep the others from being looked at."""
+    return httpx.AsyncClient(trust_env=False, limits=httpx.Limits(max_connections=None, max_keepalive_connections=100))
+
+
 # --- what each room is given -----------------------------------------------------------------------------
 
 
@@ -184,10 +191,13 @@ def alert_sources(settings: Settings) -> list[AlertSource]:
 
 
 def replica_options(settings: Settings, instance_id: str) -> ReplicaOptions:
+    # a proxy that an announcement does not reach hears of a drain by its next full read
+    drain_settle = timedelta(seconds=settings.proxy.refresh_seconds) + _READ_TIME
     return ReplicaOptions(
         instance_id,
         interval_seconds=settings.reconcile.interval_seconds,
         stale_after=timedelta(seconds=settings.alerts.stale_after_seconds),
+        rules=PlanRules(drain_settle=drain_settle),
     )
 
 

@@ -38,7 +38,7 @@ _NO_KNOWN_END = datetime.max.replace(tzinfo=UTC)
 
 @dataclass(frozen=True, slots=True)
 class PlanRules:
-    drain_settle: timedelta = timedelta(seconds=2)  # proxies notice a drain within this
+    drain_settle: timedelta = timedelta(seconds=12)  # proxies notice a drain within this, even one that is not told
     first_back_off: timedelta = timedelta(seconds=10)  # after one failed start; doubles with each further one
     longest_back_off: timedelta = timedelta(minutes=10)
 
@@ -153,6 +153,14 @@ def _sees_or_has_not_condemned(scene: Scene) -> bool:
     )
 
 
+def _may_serve(scene: Scene, replica: Replica) -> bool:
+    """Seen to serve; or it did, and now none of the set can be seen: the same blindness, while rolling."""
+    if scene.is_serving(replica) or _sees_any(scene):
+        return scene.is_serving(replica)
+    endpoint = scene.endpoint(replica)
+    return replica.phase is Phase.RUNNING and endpoint is not None and endpoint.first_ready_at is not None
+
+
 def is_idle(endpoint: Endpoint | None) -> bool:
     """Do the endpoint's own metrics say that nothing runs and nothing waits? Not knowing is not idle."""
     return endpoint is not None and endpoint.running == 0 and endpoint.waiting == 0
@@ -196,8 +204,8 @@ def _superseded(scene: Scene, current: list[Replica], outdated: list[Replica]) -
 
     Where no surge lets a successor start beside them, they make room one by one: only while every live replica serves.
     """
-    serving = [replica for replica in _in_leaving_order(scene, outdated) if scene.is_serving(replica)]
-    useless = [replica for replica in outdated if not scene.is_serving(replica)]
+    serving = [replica for replica in _in_leaving_order(scene, outdated) if _may_serve(scene, replica)]
+    useless = [replica for replica in outdated if not _may_serve(scene, replica)]
     ready = sum(scene.is_serving(replica) for replica in current)
     spare = max(0, ready + len(serving) - scene.target)
     if _live(scene) == ready + len(serving) == scene.target and _room(scene) <= 0:

@@ -68,6 +68,8 @@ async def refresh(db: Database, source: str, org_id: int, active: Iterable[Alert
     """
     active = list(active)
     async with db.transaction() as connection:
+        # deliveries wait: each locks its alerts in its own order, and this would lock them all in another
+        await connection.execute("LOCK TABLE alerts IN SHARE ROW EXCLUSIVE MODE")
         changed = 0
         for alert in sorted(active, key=lambda one: one.key):
             changed += await _keep_newest(connection, alert, is_pulled=True)

@@ -10,8 +10,9 @@ from psycopg.rows import DictRow
 from controlplane.core.types import Endpoint, Health, Replica, RoutableEndpoint, ServedModel
 from controlplane.db.pool import Database
 
+_MODEL = "coalesce(r.spec->>'model', s.model) AS model"  # a replica serves what it was started for
 _COLUMNS = (
-    "e.id, e.replica_set, s.model, e.url, e.api_key, r.name AS replica, "
+    f"e.id, e.replica_set, {_MODEL}, e.url, e.api_key, r.name AS replica, "
     "coalesce(r.phase = 'DRAINING', false) AS is_draining, e.health, e.passes, e.fails, e.first_ready_at, "
     "e.failing_since, e.probed_at, e.confirmed_at, e.running, e.waiting, e.generated_tokens, e.message"
 )
@@ -117,7 +118,7 @@ async def load_targets(db: Database) -> list[Target]:
     """Every live endpoint, ready or not: a server that is not ready is worth watching, too."""
     async with db.connection() as connection:
         cursor = await connection.execute(
-            "SELECT e.url, s.model, s.name AS replica_set, coalesce(r.name, '') AS replica, "
+            f"SELECT e.url, {_MODEL}, s.name AS replica_set, coalesce(r.name, '') AS replica, "
             "coalesce(j.nodes, '') AS node, r.slurm_job_id "
             f"FROM {_FROM} LEFT JOIN slurm_jobs j ON j.replica_id = r.id AND j.job_id = r.slurm_job_id "
             "WHERE e.replica_id IS NULL OR (r.phase IN ('RUNNING', 'DRAINING') AND j.state = 'RUNNING') ORDER BY e.id"

@@ -21,6 +21,9 @@ from controlplane.db.errors import DatabaseError, DbUnavailable, Duplicate
 
 Connection = psycopg.AsyncConnection[DictRow]
 
+# a host that is gone says nothing: without these a call to it would hang for a quarter of an hour, a listener for hours
+_LOST_HOST = {"tcp_user_timeout": 10_000, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 2}
+
 
 @dataclass(frozen=True, slots=True)
 class DatabaseOptions:
@@ -104,6 +107,7 @@ class Database:
             "autocommit": True,
             "row_factory": dict_row,
             "application_name": self._options.application_name,
+            **_LOST_HOST,
             "options": f"-c statement_timeout={milliseconds} -c timezone=UTC",
         }
 

@@ -210,10 +210,23 @@ async def resume(db: Database, name: str, *, actor: str, now: datetime, dry_run:
 
 async def resume_due(db: Database, now: datetime) -> list[str]:
     """Resume the sets whose pause has reached its end; returns their names."""
-    due = [s.name for s in await load_all(db) if s.is_paused and s.paused_until is not None and s.paused_until <= now]
-    for name in due:
-        await resume(db, name, actor="pause-end", now=now)
-    return due
+    due = [one.name for one in await load_all(db) if _pause_is_over(one, now)]
+    return [name for name in due if await _end_pause(db, name, now)]
+
+
+def _pause_is_over(one: ReplicaSet, now: datetime) -> bool:
+    return one.is_paused and one.paused_until is not None and one.paused_until <= now
+
+
+async def _end_pause(db: Database, name: str, now: datetime) -> bool:
+    """Returns False if an operator was faster: a pause that was made longer meanwhile stays."""
+    async with db.transaction() as connection:
+        before = await _load(connection, name, lock=True)
+        if not _pause_is_over(before, now):
+            return False
+        after = replace(before, is_paused=False, paused_reason=None, paused_until=None)
+        await _write_pause(connection, before, after, "pause-end", now)
+    return True
 
 
 async def _set_pause(
@@ -229,17 +242,22 @@ async def _set_pause(
     async with db.transaction() as connection:
         before = await _load(connection, name, lock=True)
         after = replace(before, is_paused=is_paused, paused_reason=reason, paused_until=until)
-        if dry_run or after == before:
-            return after
-        await connection.execute(
-            "UPDATE replica_sets SET is_paused = %s, paused_reason = %s, paused_until = %s, updated_at = %s "
-            "WHERE name = %s",
-            (is_paused, reason, until, now, name),
-        )
-        what = "paused" if is_paused else "resumed"
-        end = f" until {until.isoformat()}" if until else ""
-        await _record_verb(connection, after, before, f"{what} by {actor}{end}", reason, actor, now)
+        if not dry_run and after != before:
+            await _write_pause(connection, before, after, actor, now)
     return after
+
+
+async def _write_pause(
+    connection: Connection, before: ReplicaSet, after: ReplicaSet, actor: str, now: datetime
+) -> None:
+    await connection.execute(
+        "UPDATE replica_sets SET is_paused = %s, paused_reason = %s, paused_until = %s, updated_at = %s "
+        "WHERE name = %s",
+        (after.is_paused, after.paused_reason, after.paused_until, now, after.name),
+    )
+    what = "paused" if after.is_paused else "resumed"
+    end = f" until {after.paused_until.isoformat()}" if after.paused_until else ""
+    await _record_verb(connection, after, before, f"{what} by {actor}{end}", after.paused_reason, actor, now)
 
 
 async def _record_verb(

@@ -103,9 +103,9 @@ async def names_that_ended(db: Database, names: list[str]) -> set[str]:
 async def create(
     db: Database, replica_set: ReplicaSet, *, port: int, secret: str, actor: str, now: datetime
 ) -> Replica:
-    """Add one PENDING replica. Raises Duplicate (the port is taken), Stale (the bounds leave no room any more).
+    """Add one PENDING replica. Raises Duplicate (the port is taken), Stale (no further one is wanted any more).
 
-    The set's row is locked meanwhile, so that two control planes cannot both take the last place.
+    The set's row is locked meanwhile, so that two control planes cannot both make the last one that is missing.
     """
     async with db.transaction() as connection:
         await connection.execute("SELECT FROM replica_sets WHERE name = %s FOR UPDATE", (replica_set.name,))
@@ -120,7 +120,7 @@ async def create(
                  WHERE s.name = %(set)s AND NOT s.is_paused AND s.spec_hash = %(spec_hash)s
                    AND (SELECT count(*) FROM replicas r
                          WHERE r.replica_set = s.name AND r.spec_hash = s.spec_hash AND r.phase = ANY (%(existing)s))
-                       < s.max_replicas
+                       < s.desired_replicas
                    AND (SELECT count(*) FROM replicas r
                          WHERE r.replica_set = s.name AND r.phase = ANY (%(live)s))
                        < s.max_replicas + (s.spec->>'surge')::int
@@ -144,7 +144,7 @@ async def create(
         )
         row = await cursor.fetchone()
     if row is None:
-        raise Stale(f"{replica_set.name}: its bounds or its spec have changed")
+        raise Stale(f"{replica_set.name}: no further replica of this spec is wanted, or there is no room for one")
     return _replica(row)
 
 

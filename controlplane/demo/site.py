@@ -91,6 +91,7 @@ class Site(Server):
             "CONTROLPLANE_ALERTMANAGER__URL": self.alertmanager.url,
             "CONTROLPLANE_ALERTS__PULL_INTERVAL_SECONDS": "5",
             "CONTROLPLANE_RECONCILE__INTERVAL_SECONDS": "1",
+            "CONTROLPLANE_PROXY__REFRESH_SECONDS": "1",
             "CONTROLPLANE_PROBE__INTERVAL_SECONDS": "1",
             **(self._options.settings or {}),
         }

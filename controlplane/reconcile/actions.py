@@ -149,11 +149,12 @@ class Actor:
         return None
 
     async def _call(self, call: Submit | Release | CancelJob, done: Done) -> None:
+        queued: Replica | None = None
         async with self._calls:
             try:
                 match call:
                     case Submit():
-                        await self._submit(call.replica, done)
+                        queued = await self._submit(call.replica, done)
                     case Release():
                         await self._release(call.replica)
                     case CancelJob():
@@ -162,14 +163,17 @@ class Actor:
                 pass  # somebody else has moved on
             except (SlurmError, DatabaseError) as error:
                 logger.warning(f"{_words(call)} failed; trying again", why=f"{type(error).__name__}: {error}")
+        if queued is not None:
+            await self._call(Release(queued), done)
 
-    async def _submit(self, replica: Replica, done: Done) -> None:
+    async def _submit(self, replica: Replica, done: Done) -> Replica | None:
+        """Submit held. Returns the replica once its job id is recorded: then the job may be released."""
         try:
             request = self._request(replica)
         except ScriptError as error:
             step = Move(replica, Phase.ENDED, reason=Reason.REJECTED, message=f"not submitted: {error}")
             await self.move(step, done, self._clock())
-            return
+            return None
         # stamped when it leaves, not when the round began: from here on the request's life is counted
         intent = Move(replica, Phase.SUBMITTING)
         replica = await replicas.move(self._db, intent, actor=ACTOR, now=self._clock())
@@ -178,11 +182,11 @@ class Actor:
         except SlurmRejected as error:
             step = Move(replica, Phase.ENDED, reason=Reason.REJECTED, message=f"Slurm refused it: {error}")
             await self.move(step, done, self._clock())
-            return
+            return None
         except (SlurmAmbiguous, SlurmProtocolError) as error:
             # it may have happened: stay SUBMITTING; a later list finds the job by its name, or proves it absent
             logger.warning("the outcome of a submit is not known", replica=replica.name, why=str(error))
-            return
+            return None
         except SlurmError as error:
             await self.move(Move(replica, Phase.PENDING, message=f"not submitted: {error}"), done, self._clock())
             raise
@@ -190,7 +194,7 @@ class Actor:
         replica = await replicas.move(self._db, outcome, actor=ACTOR, now=self._clock())
         done.submitted.append(replica)
         logger.info("job submitted", replica=replica.name, slurm_job_id=submitted.job_id, warnings=submitted.warnings)
-        await self._release(replica)
+        return replica
 
     async def _release(self, replica: Replica) -> None:
         assert replica.slurm_job_id is not None  # a queued replica has one

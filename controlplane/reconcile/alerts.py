@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 
 from controlplane.core.alerts import judge
+from controlplane.core.storable import storable
 from controlplane.core.times import parse_time
 from controlplane.core.types import Alert, ReplicaSet
 from controlplane.db import Database, alerts, replica_sets
@@ -82,10 +83,11 @@ class AlertPullLoop:
         if answer.status_code != 200:
             raise UnreadableAlerts(f"answered {answer.status_code}")
         try:
-            return [
-                _alert(entry, source, known, now) for entry in answer.json() if entry["status"]["state"] == "active"
-            ]
-        except (ValueError, KeyError, TypeError) as error:
+            listed = storable(answer.json())
+            if not isinstance(listed, list):  # an empty object must not read as "nothing fires"
+                raise TypeError(f"it is a {type(listed).__name__}")
+            return [_alert(entry, source, known, now) for entry in listed if entry["status"]["state"] == "active"]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UnreadableAlerts(f"not a list of alerts: {type(error).__name__}: {error}"[:256]) from error
 
 

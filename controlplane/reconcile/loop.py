@@ -137,8 +137,10 @@ class Runner:
             pause = loop.interval_seconds * (1 + self._options.jitter * self._rng.uniform(-1, 1))
             if sentence is not None:
                 pause = min(pause, _SOON_SECONDS)
+            await asyncio.sleep(_SOON_SECONDS)  # many wakes are one round: each asks Slurm for every job it has
+            left = pause - _SOON_SECONDS
             with suppress(TimeoutError):
-                async with asyncio.timeout(pause):  # not wait_for: in Python 3.11 that can lose a cancellation
+                async with asyncio.timeout(left):  # not wait_for: in Python 3.11 that can lose a cancellation
                     await wake.wait()
 
     async def _round(self, loop: Loop, last_error: str | None) -> tuple[str | None, str | None]:

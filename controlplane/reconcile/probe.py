@@ -9,6 +9,8 @@ the engine moves: a full engine is slow, not dead.
 
 from __future__ import annotations
 
+import asyncio
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +35,11 @@ class ProbeLimits:
     timeout_seconds: float = 3.0  # for the model list and for the metrics
     token_timeout_seconds: float = 10.0  # for the one token
 
+    @property
+    def whole_seconds(self) -> float:
+        """For everything: a server that sends a byte now and then keeps every single limit, and never ends."""
+        return 4 * self.timeout_seconds + self.token_timeout_seconds
+
 
 class _Failed(Exception):
     def __init__(self, message: str, *, is_foreign: bool = False) -> None:
@@ -44,15 +51,16 @@ async def probe(http: httpx.AsyncClient, endpoint: Endpoint, kind: str, limits: 
     """Look once. `kind` as in `ReplicaSetSpec.probe`. Raises nothing: what went wrong is the result."""
     load = ProbeResult(passed=False)
     try:
-        await _check_identity(http, endpoint, limits)
-        load = await _read_load(http, endpoint, limits)
-        if _must_generate(endpoint, load, kind):
-            load = await _generate(http, endpoint, kind, load, limits)
+        async with asyncio.timeout(limits.whole_seconds):
+            await _check_identity(http, endpoint, limits)
+            load = await _read_load(http, endpoint, limits)
+            if _must_generate(endpoint, load, kind):
+                load = await _generate(http, endpoint, kind, load, limits)
     except _Failed as failure:
-        return replace(load, passed=False, message=str(failure)[:256], is_foreign=failure.is_foreign)
-    except httpx.HTTPError as error:
+        return replace(load, passed=False, message=_printable(str(failure)), is_foreign=failure.is_foreign)
+    except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
         message = str(error) or "no answer in time"
-        return replace(load, passed=False, message=f"{type(error).__name__}: {message}"[:256])
+        return replace(load, passed=False, message=_printable(f"{type(error).__name__}: {message}"))
     return replace(load, passed=True, message=None)
 
 
@@ -88,7 +96,7 @@ async def _check_identity(http: httpx.AsyncClient, endpoint: Endpoint, limits: P
 def _model_names(answer: httpx.Response) -> set[str]:
     try:
         return {str(model["id"]) for model in answer.json()["data"]}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _Failed("/v1/models is not a list of models", is_foreign=True) from error
 
 
@@ -107,12 +115,13 @@ async def _read_load(http: httpx.AsyncClient, endpoint: Endpoint, limits: ProbeL
                 sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
     except ValueError:
         return unknown
-    running, waiting = sums.get(_RUNNING), sums.get(_WAITING)
+    finite = {name: value for name, value in sums.items() if math.isfinite(value)}
+    running, waiting = finite.get(_RUNNING), finite.get(_WAITING)
     return replace(
         unknown,
         running=None if running is None else int(running),
         waiting=None if waiting is None else int(waiting),
-        generated_tokens=sums.get(_GENERATED),
+        generated_tokens=finite.get(_GENERATED),
     )
 
 
@@ -135,6 +144,11 @@ async def _generate(
     if answer.status_code != 200:
         raise _Failed(f"{path} answered {answer.status_code}: {answer.text[:120]}")
     return load
+
+
+def _printable(text: str) -> str:
+    """Cut, and fit for a log and for PostgreSQL: a NUL in it would keep the whole result from being stored."""
+    return "".join(character if character.isprintable() else " " for character in text)[:256]
 
 
 def _authorization(endpoint: Endpoint) -> dict[str, str]:

@@ -71,6 +71,7 @@ class World:
     endpoints: dict[str, Endpoint]
     past: dict[str, list[PastReplica]]
     alerts: tuple[Alert, ...]
+    outrun: set[str] = field(default_factory=set)  # sets of which somebody else has moved a replica meanwhile
 
 
 class ReplicaLoop:
@@ -113,7 +114,7 @@ class ReplicaLoop:
             actions.append(Report("Slurm", message))
         await self._note_idle(world)
         for replica_set in world.sets.values():
-            if not replica_set.spec.is_external:
+            if not replica_set.spec.is_external and replica_set.name not in world.outrun:
                 actions += plan(
                     _scene(world, replica_set, jobs, pressing[replica_set.name]), now=now, rules=self._options.rules
                 )
@@ -180,6 +181,7 @@ class ReplicaLoop:
             while (step := advance(replica, listed, now=now, submit_grace=self._slurm.submit_grace)) is not None:
                 after = await self._actor.move(step, done, now)
                 if after is None:
+                    world.outrun.add(replica.replica_set)
                     break
                 if replica.phase is Phase.RUNNING and after.phase is Phase.QUEUED:
                     await endpoints.distrust(self._db, after)
@@ -209,7 +211,8 @@ class ReplicaLoop:
         except SlurmError as error:
             logger.warning("the node's address is not known yet", replica=replica.name, why=str(error))
             return
-        await endpoints.ensure(self._db, replica, f"http://{address}:{replica.port}")
+        host = f"[{address}]" if ":" in address else address
+        await endpoints.ensure(self._db, replica, f"http://{host}:{replica.port}")
 
     async def _note_idle(self, world: World) -> None:
         for replica in world.replicas:

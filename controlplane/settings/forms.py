@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
 
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
 
 
@@ -63,7 +65,12 @@ def _slurm_url(value: str) -> str:
 
 
 def _postgresql_uri(value: SecretStr) -> SecretStr:
-    if urlsplit(value.get_secret_value()).scheme not in ("postgresql", "postgres"):
+    uri = value.get_secret_value()
+    try:
+        conninfo_to_dict(uri)  # else libpq would quote what it cannot read, with the password, at every attempt
+    except psycopg.Error:
+        raise ValueError("not such a URI") from None
+    if urlsplit(uri).scheme not in ("postgresql", "postgres"):
         raise ValueError("not such a URI")
     return value
 

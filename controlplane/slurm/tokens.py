@@ -9,7 +9,10 @@ repr.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import hmac
+import json
+from base64 import urlsafe_b64encode
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -114,7 +117,20 @@ class MintedToken:
             raise SlurmForbidden(f"token key file {self.key_path}: it is empty")
         issued_at = int(now.timestamp())
         claims = {"iat": issued_at, "exp": issued_at + int(self.lifetime.total_seconds()), "sun": self.user_name}
-        return jwt.encode(claims, key, algorithm="HS256")
+        return _signed(claims, key)
+
+
+def _signed(claims: Mapping[str, object], key: bytes) -> str:
+    """A JSON web token, HS256. Slurm takes any file as the key, such as the PEM file of `openssl genrsa` that its older
+    manuals made; PyJWT refuses to sign with one.
+    """
+    parts = [json.dumps(part, separators=(",", ":")).encode() for part in ({"alg": "HS256", "typ": "JWT"}, claims)]
+    message = b".".join(map(_base64url, parts))
+    return b".".join((message, _base64url(hmac.digest(key, message, "sha256")))).decode()
+
+
+def _base64url(content: bytes) -> bytes:
+    return urlsafe_b64encode(content).rstrip(b"=")
 
 
 def expires_at(token: str) -> datetime | None:

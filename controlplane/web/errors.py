@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from loguru import logger
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
@@ -60,6 +61,7 @@ async def answer_error(_request: Request, error: Exception) -> Response:
         case ClientDisconnect():
             return Response(status_code=400)  # nobody is left to read it
         case _:
+            logger.error("the database refused", error=f"{type(error).__name__}: {error}")
             return error_response(500, "the database refused; see the log")
 
 

@@ -1,20 +1,19 @@
 """The webhook bodies of Grafana (version "1") and Alertmanager (version "4"): the only file that knows their shape.
 
 Read leniently: keys that are not known are ignored, and what only some versions send may be missing. What identifies,
-orders or decides must be there and have the right shape, else the field at fault is named. What PostgreSQL cannot
-store (NUL, lone surrogates, NaN) is replaced, because refusing an alert over a summary's text would lose the alert.
+orders or decides must be there and have the right shape, else the field at fault is named.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, TypeGuard
 
+from controlplane.core.storable import storable
 from controlplane.core.times import parse_time
 from controlplane.web.errors import Refused
 
@@ -53,7 +52,7 @@ class Delivery:
 def parse(source: Source, body: bytes) -> Delivery:
     """Raises Refused (400) naming the field at fault."""
     try:
-        document = _storable(json.loads(body))
+        document = storable(json.loads(body))
     except (ValueError, RecursionError):
         raise Refused(400, "the body is not JSON") from None
     if not isinstance(document, dict):
@@ -143,26 +142,6 @@ def _numbers(path: str, value: object) -> dict[str, float]:
 
 def _is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _storable(value: Any) -> Any:
-    match value:
-        case dict():
-            return {_storable(key): _storable(inner) for key, inner in value.items()}
-        case list():
-            return [_storable(inner) for inner in value]
-        case str():
-            return (
-                value.replace("\0", "\N{REPLACEMENT CHARACTER}")
-                .encode("utf-16", "surrogatepass")
-                .decode("utf-16", "replace")
-            )
-        case float() if not math.isfinite(value):
-            return None
-        case int() if abs(value) >= 1e300:
-            return None
-        case _:
-            return value
 
 
 def _at(path: str, message: str) -> Refused:

@@ -13,6 +13,7 @@ import httpx
 from prometheus_client import CollectorRegistry
 
 from controlplane.clock import utc_now
+from controlplane.core.planning import PlanRules
 from controlplane.core.types import Phase, Replica, ReplicaSetSpec, SlurmResources, VllmOptions
 from controlplane.db import Database, DatabaseOptions, endpoints, replica_sets, replicas, slurm_jobs
 from controlplane.demo.slurm_cluster import SlurmCluster
@@ -112,7 +113,8 @@ async def reconciling(
         instance_id = await slurm_jobs.instance_id(db)
         actions = ActionOptions(slurm.jobs_directory, ScriptOptions(shutdown_timeout_seconds=5), instance_id)
         actor = Actor(db, client, actions, utc_now, random.Random(7))
-        rules = ReplicaOptions(instance_id, interval_seconds=0.3, orphan_grace=orphan_grace)
+        settle = PlanRules(drain_settle=timedelta(seconds=2))
+        rules = ReplicaOptions(instance_id, interval_seconds=0.3, orphan_grace=orphan_grace, rules=settle)
         limits = ProbeLimits(token_timeout_seconds=token_timeout_seconds)
         looking = EndpointOptions(interval_seconds=0.3, ready_interval_seconds=0.3, limits=limits)
         probing = EndpointLoop(db, looking, utc_now, http)

@@ -119,7 +119,7 @@ async def test_a_replica_that_never_gets_ready_is_stopped_and_says_why(slurm: Sl
 async def test_what_slurm_refuses_ends_rejected_with_its_words(slurm: SlurmCluster, database_url: str) -> None:
     spec = replace(SPEC, min_replicas=1, slurm=SlurmResources(time_limit_seconds=600, partition="nowhere"))
     async with reconciling(slurm, database_url, spec=spec) as site:
-        [first] = await eventually(site.live)
+        first, *_ = await eventually(lambda: replicas.load_newest(site.db))
         ended = await site.until_ended(first.name)
         assert ended.reason is Reason.REJECTED
         assert ended.message is not None

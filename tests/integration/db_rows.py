@@ -37,7 +37,9 @@ async def make_set(db: Database, name: str = "a", **changes: Any) -> ReplicaSet:
 
 
 async def make_replica(db: Database, replica_set: ReplicaSet, phase: Phase = Phase.PENDING) -> Replica:
-    """A replica that has walked to this phase, step by step."""
+    """A replica that is wanted, and has walked to this phase, step by step."""
+    wanted = replica_set.max_replicas
+    await replica_sets.scale(db, replica_set.name, replicas=wanted, actor="test", now=NOW)
     replica = await replicas.create(db, replica_set, port=next(_ports), secret="x" * 32, actor="test", now=NOW)
     for step in (Phase.SUBMITTING, Phase.QUEUED, Phase.RUNNING, Phase.DRAINING, Phase.STOPPING, Phase.ENDED):
         if replica.phase is phase:

@@ -213,6 +213,7 @@ _ports = count(20001)  # two live replicas never share one
 
 async def start_replica(db: Database, name: str) -> Replica:
     replica_set = await replica_sets.load(db, name)
+    await replica_sets.scale(db, name, replicas=replica_set.max_replicas, actor="test", now=utc_now())
     return await replicas.create(db, replica_set, port=next(_ports), secret="s" * 32, actor="test", now=utc_now())
 
 

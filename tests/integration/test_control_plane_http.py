@@ -67,6 +67,15 @@ async def scraped(rig: WebRig) -> dict[tuple[str, tuple[str, ...]], float]:
     }
 
 
+async def test_a_replica_serves_the_model_it_was_started_for_whatever_its_set_is_to_serve_now(rig: WebRig) -> None:
+    replica = await make_replica(rig.db, await make_set(rig.db), Phase.RUNNING)
+    await make_ready(rig.db, replica, "http://n1:20000")
+    await make_set(rig.db, model="renamed")
+    assert [one.model for one in await endpoints.load_routable(rig.db)] == ["m"]
+    assert [one.model for one in await endpoints.load_live(rig.db)] == ["m"]
+    assert [(one.model, one.routable) for one in await endpoints.load_served_models(rig.db)] == [("renamed", 0)]
+
+
 async def test_prometheus_is_given_every_live_endpoint_with_its_labels(rig: WebRig) -> None:
     replica = await make_replica(rig.db, await make_set(rig.db), Phase.RUNNING)
     await make_ready(rig.db, replica, "http://n1:20000")
@@ -107,7 +116,7 @@ def test_a_target_always_has_its_port(url: str, target: str) -> None:
 
 
 async def test_metrics_tell_what_the_database_knows_at_the_scrape(rig: WebRig) -> None:
-    a = await make_set(rig.db, min_replicas=2)
+    a = await make_set(rig.db)
     running = await make_replica(rig.db, a, Phase.RUNNING)
     queued = [await make_replica(rig.db, a, Phase.QUEUED) for _ in range(2)]
     await make_replica(rig.db, a, Phase.ENDED)
@@ -121,7 +130,7 @@ async def test_metrics_tell_what_the_database_knows_at_the_scrape(rig: WebRig) -
         ("controlplane_replicas", ("RUNNING", "a")): 1,
         ("controlplane_replicas", ("QUEUED", "a")): 2,
         ("controlplane_replicas", ("PENDING", "a")): 0,
-        ("controlplane_replicas_desired", ("m", "a")): 2,
+        ("controlplane_replicas_desired", ("m", "a")): 4,
         ("controlplane_replicas_routable", ("m", "a")): 1,
         ("controlplane_endpoint_last_confirmed_age_seconds", (running.name,)): 90,
         ("controlplane_slurm_job_pending_seconds", ("Resources", "a")): 90,

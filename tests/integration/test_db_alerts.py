@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from controlplane.core.types import Alert, AlertAction
 from controlplane.db import Database, Duplicate, alerts
 from controlplane.demo.postgres import PrivatePostgres
+from tests.conftest import eventually
 from tests.integration.db_rows import NOW, opened
 
 
@@ -188,3 +189,21 @@ async def test_only_what_nobody_confirmed_for_long_is_forgotten(db: Database) ->
     await store(db, told(fingerprint="new"), now=after(60))
     assert await alerts.forget(db, older_than=timedelta(minutes=30), now=after(61)) == 1
     assert list(await stored(db)) == ["grafana/1/new"]
+
+
+async def test_a_pull_waits_for_a_delivery_instead_of_locking_against_it(db: Database) -> None:
+    await store(db, told(fingerprint="a"), told(fingerprint="b"))
+    touch = "UPDATE alerts SET alertname = 'delivered' WHERE fingerprint = %s"
+    async with db.transaction() as delivery:
+        await delivery.execute(touch, ("b",))
+        pull = asyncio.create_task(alerts.refresh(db, "grafana", 1, [], now=after(1)))
+        await eventually(lambda: is_waiting(db))
+        await delivery.execute(touch, ("a",))
+    assert await pull == 2
+
+
+async def is_waiting(db: Database) -> bool:
+    """Does anybody wait for another's lock?"""
+    async with db.connection() as connection:
+        cursor = await connection.execute("SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+        return cursor.rowcount > 0

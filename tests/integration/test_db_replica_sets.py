@@ -12,6 +12,7 @@ import pytest
 from controlplane.core.types import Decision, DecisionReason, ExternalEndpoint, ReplicaSetSpec, VllmOptions
 from controlplane.db import Database, NotFound, Stale, decisions, endpoints, replica_sets
 from controlplane.db.replica_sets import Applied
+from tests.conftest import eventually
 from tests.integration.db_rows import NOW, make_set, opened, slurm_spec
 
 
@@ -163,3 +164,22 @@ async def test_a_decision_cannot_leave_the_bounds_in_force(db: Database) -> None
     decision = Decision("a", desired=2, previous=0, reason=DecisionReason.SCALED_UP, explanation="x")
     with pytest.raises(Stale):
         await replica_sets.decide(db, decision, actor="scaler", now=NOW)
+
+
+async def test_a_pause_that_an_operator_makes_longer_at_its_end_stays(db: Database) -> None:
+    await make_set(db)
+    end, later = NOW + timedelta(hours=1), NOW + timedelta(hours=2)
+    await replica_sets.pause(db, "a", actor="ann", now=NOW, until=end)
+    async with db.transaction() as connection:
+        await connection.execute("UPDATE replica_sets SET paused_until = %s", (later,))
+        ending = asyncio.create_task(replica_sets.resume_due(db, end))
+        await eventually(lambda: is_waiting(db))
+    assert await ending == []
+    assert (await replica_sets.load(db, "a")).paused_until == later
+
+
+async def is_waiting(db: Database) -> bool:
+    """Does anybody wait for another's lock?"""
+    async with db.connection() as connection:
+        cursor = await connection.execute("SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+        return cursor.rowcount > 0

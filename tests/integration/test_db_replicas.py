@@ -81,7 +81,7 @@ async def test_the_schema_refuses_a_phase_without_what_it_needs(db: Database) ->
 
 
 async def test_a_port_belongs_to_one_live_replica_and_is_free_when_that_ended(db: Database) -> None:
-    replica_set = await make_set(db)
+    replica_set = await make_set(db, min_replicas=2)
     first = await replicas.create(db, replica_set, port=30000, secret="x" * 32, actor="test", now=NOW)
     with pytest.raises(Duplicate, match="one_live_replica_per_port"):
         await replicas.create(db, replica_set, port=30000, secret="x" * 32, actor="test", now=NOW)
@@ -102,6 +102,15 @@ async def test_many_who_create_at_once_never_exceed_the_maximum(db: Database) ->
     results = await asyncio.gather(*(make_replica(db, replica_set) for _ in range(10)), return_exceptions=True)
     assert sum(isinstance(result, Stale) for result in results) == 7
     assert len(await replicas.load_live(db)) == 3
+
+
+async def test_no_more_are_created_than_are_desired_by_whoever_looked_before(db: Database) -> None:
+    """A control plane that was stopped in a round, and wakes when another one has done its work."""
+    replica_set = await make_set(db, min_replicas=2, max_replicas=8)
+    for port in (30000, 30001):
+        await replicas.create(db, replica_set, port=port, secret="x" * 32, actor="taken over", now=NOW)
+    with pytest.raises(Stale):
+        await replicas.create(db, replica_set, port=30002, secret="x" * 32, actor="woken", now=NOW)
 
 
 async def test_what_drains_makes_room_up_to_the_surge_and_no_further(db: Database) -> None:

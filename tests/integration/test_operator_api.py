@@ -9,9 +9,19 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from loguru import logger
 
 from controlplane.core.types import Alert, AlertAction, ExternalEndpoint, Phase, ReplicaSetSpec, VllmOptions
-from controlplane.db import Database, DatabaseOptions, alerts, decisions, endpoints, replica_sets, replicas
+from controlplane.db import (
+    Database,
+    DatabaseError,
+    DatabaseOptions,
+    alerts,
+    decisions,
+    endpoints,
+    replica_sets,
+    replicas,
+)
 from controlplane.demo.postgres import PrivatePostgres
 from controlplane.web import OperatorToken
 from tests.integration.db_rows import NOW, make_replica, make_set, opened
@@ -104,7 +114,23 @@ async def test_everything_is_shown_but_no_secret(rig: WebRig) -> None:
     assert [(one["fingerprint"], one["status"], one["action"]) for one in shown["alerts"]] == [
         ("f", "firing", "scale_up")
     ]
-    assert [one["actor"] for one in shown["decisions"]] == ["ann", "test"]
+    assert [one["actor"] for one in shown["decisions"]] == ["ann", "test", "test"]
+
+
+async def test_what_the_database_refuses_is_in_the_log_that_the_answer_points_to(
+    rig: WebRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(_db: Database) -> None:
+        raise DatabaseError("no such column")
+
+    monkeypatch.setattr(replica_sets, "load_all", refuse)
+    lines: list[str] = []
+    sink = logger.add(lambda message: lines.append(f"{message} {message.record['extra']}"), level="ERROR")
+    try:
+        assert (await rig.ask("GET", "/api/v1/replica-sets")).status_code == 500
+    finally:
+        logger.remove(sink)
+    assert "no such column" in "".join(lines)
 
 
 async def test_a_live_replica_is_shown_however_many_ended_after_it(rig: WebRig) -> None:

@@ -507,3 +507,13 @@ def test_an_old_failure_condemns_nobody_before_a_new_look() -> None:
     replica = a_replica(1, Phase.RUNNING)
     stale = an_endpoint(replica, Health.FAILING, failing_since=ago(999), probed_at=ago(990))
     assert plan(a_scene(a_set(), [replica], [stale]), now=NOW, rules=RULES) == []
+
+
+def test_a_roll_while_no_replica_can_be_seen_to_serve_lets_none_go_that_has_served() -> None:
+    replicas = old(RUNNING, 1, 2, 3)
+    blind = [an_endpoint(replica, Health.FAILING, failing_since=ago(9)) for replica in replicas]
+    successor = many(QUEUED, 4)
+    assert said(a_scene(a_set(3), [*replicas, *successor], blind)) == []
+    assert said(a_scene(a_set(0), replicas, blind)) == [f"{one} DRAINING SCALED_DOWN" for one in (3, 2, 1)]
+    seeing = [an_endpoint(replicas[0]), *blind[1:]]
+    assert said(a_scene(a_set(3), [*replicas, *successor], seeing)) == ["2 DRAINING ROLLED", "3 DRAINING ROLLED"]

@@ -149,6 +149,8 @@ def test_variables_that_kubernetes_makes_for_a_service_are_not_wrong() -> None:
     "given",
     [
         {"DATABASE_URL": "mysql://someone:hunter2@db/x"},
+        {"DATABASE_URL": "postgres:/someone:hunter2@db/x"},
+        {"DATABASE_URL": "postgresql://someone:100%hunter2@db/x"},
         {"CONTROLPLANE_OPERATOR__TOKENS": "hunter2"},
         {"CONTROLPLANE_WEBHOOK__BASIC_CREDENTIALS": "grafana:x,hunter2"},
         {"CONTROLPLANE_GRAFANA__URL": "http://admin:hunter2@grafana:3000"},
@@ -212,6 +214,11 @@ def test_without_settings_every_room_has_its_own_defaults() -> None:
     assert app.script_options(settings) is None
     assert settings.reconcile.lease_seconds == RunnerOptions("h").lease_seconds
     assert settings.alerts.pull_interval_seconds == AlertPullOptions([]).interval_seconds
+
+
+def test_a_drain_is_not_over_before_a_proxy_that_is_not_told_has_read_of_it() -> None:
+    settings = load(CONTROLPLANE_PROXY__REFRESH_SECONDS="60")
+    assert app.replica_options(settings, "i").rules.drain_settle.total_seconds() > 60
 
 
 def test_credentials_reach_the_web_room() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hmac
 import sys
+from base64 import urlsafe_b64decode
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -109,3 +111,13 @@ async def test_the_life_of_minted_tokens_bounds_how_late_a_submit_can_act(tmp_pa
 def test_options_that_cannot_work_are_refused_by_name(changes: dict[str, object], field: str) -> None:
     with pytest.raises(ValueError, match=f"^{field}:"):
         SlurmOptions(**{"url": "http://h:1", "user_name": "u", **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["RSA PRIVATE KEY", "PUBLIC KEY"])
+async def test_a_key_that_is_a_pem_file_is_bytes_like_any_other(tmp_path: Path, kind: str) -> None:
+    """Older Slurm manuals made the key with `openssl genrsa`."""
+    key = f"-----BEGIN {kind}-----\nMIIEowIBAAKCAQEA\n-----END {kind}-----\n".encode()
+    (tmp_path / "key").write_bytes(key)
+    message, _, signature = (await MintedToken(tmp_path / "key", "alice").read(NOW)).rpartition(".")
+    padded = signature + "=" * (-len(signature) % 4)
+    assert urlsafe_b64decode(padded) == hmac.digest(key, message.encode(), "sha256")

@@ -225,7 +225,7 @@ CREATE TABLE api_keys (
 
 CREATE VIEW routable_endpoints AS
 SELECT e.id AS endpoint_id,
-       s.model,
+       coalesce(r.spec->>'model', s.model) AS model, -- a replica serves what it was started for
        s.name AS replica_set,
        s.priority,
        r.name AS replica,
