@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import socket
 from contextlib import AsyncExitStack
 from datetime import timedelta
@@ -114,7 +115,9 @@ async def _reconcile(
         instance_id = await _instance_id(db)
         actor = Actor(db, slurm, action_options(settings, instance_id), utc_now, SystemRandom())
         loops.append(ReplicaLoop(db, slurm, actor, replica_options(settings, instance_id), metrics, utc_now))
-    options = RunnerOptions(f"{socket.gethostname()}/{os.getpid()}", settings.reconcile.lease_seconds)
+    # containers may share a host name and all have the process id 1
+    holder = f"{socket.gethostname()}/{os.getpid()}/{secrets.token_hex(4)}"
+    options = RunnerOptions(holder, settings.reconcile.lease_seconds)
     try:
         await Runner(db, loops, options, metrics, utc_now).run()
     finally:

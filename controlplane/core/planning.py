@@ -123,7 +123,7 @@ def _own_step(scene: Scene, replica: Replica, now: datetime) -> Move | None:
     endpoint = scene.endpoint(replica)
     if replica.phase is Phase.DRAINING:
         return _drained(replica, endpoint, now)
-    if replica.name in scene.to_replace:
+    if replica.name in scene.to_replace and (not scene.is_serving(replica) or _is_turn_to_be_replaced(scene, replica)):
         return let_go(replica, Reason.REPLACED, now=now)
     if replica.phase is not Phase.RUNNING:
         return None
@@ -137,6 +137,14 @@ def _own_step(scene: Scene, replica: Replica, now: datetime) -> Move | None:
     if endpoint.health is Health.FAILING and fails_for > seconds(replica.spec.unhealthy_timeout_seconds):
         return _drain(replica, Reason.UNHEALTHY, endpoint.message, now=now)
     return None
+
+
+def _is_turn_to_be_replaced(scene: Scene, replica: Replica) -> bool:
+    """Of those that still serve, one at a time, and the next only when all the others serve: an alert may be wrong."""
+    serving = [one for one in scene.replicas if one.name in scene.to_replace and scene.is_serving(one)]
+    others = [one for one in scene.replicas if one is not replica and one.exists and one.name not in scene.to_replace]
+    is_one_leaving = any(one.reason is Reason.REPLACED and not one.exists for one in scene.replicas)
+    return serving[0] is replica and not is_one_leaving and all(scene.is_serving(one) for one in others)
 
 
 def _sees_any(scene: Scene) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from psycopg.rows import DictRow
 
@@ -60,6 +60,17 @@ async def load_newest(db: Database, *, replica_set: str | None = None, limit: in
             {"set": replica_set, "limit": limit},
         )
         return [_recorded(row) for row in await cursor.fetchall()]
+
+
+async def forget(db: Database, *, older_than: timedelta, now: datetime) -> int:
+    """Delete the decisions that were taken so long ago, but for each set's newest; returns how many went."""
+    async with db.connection() as connection:
+        cursor = await connection.execute(
+            "DELETE FROM decisions d WHERE at < %s "
+            "AND id <> (SELECT max(id) FROM decisions WHERE replica_set = d.replica_set)",
+            (now - older_than,),
+        )
+        return cursor.rowcount
 
 
 def _recorded(row: DictRow) -> RecordedDecision:

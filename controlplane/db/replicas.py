@@ -7,7 +7,7 @@ so that a step is recorded exactly when it happened, and happens at most once.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from psycopg.rows import DictRow
@@ -218,6 +218,15 @@ async def obey(db: Database, name: str, verb: Verb, *, actor: str, now: datetime
         await wake(db)
         return Obeyed(moved, is_changed=True)
     raise Stale(f"{name} moved on at every attempt; try again")
+
+
+async def forget(db: Database, *, older_than: timedelta, now: datetime) -> int:
+    """Delete the replicas that ended so long ago, with all that belongs to them; returns how many went."""
+    async with db.connection() as connection:
+        cursor = await connection.execute(
+            "DELETE FROM replicas WHERE phase = 'ENDED' AND ended_at < %s", (now - older_than,)
+        )
+        return cursor.rowcount
 
 
 async def wake(db: Database) -> None:

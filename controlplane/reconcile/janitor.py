@@ -1,17 +1,18 @@
-"""Forgets what nobody will ask for again: alerts and deliveries that were not confirmed for weeks."""
+"""Forgets what nobody will ask for again: alerts that were not confirmed for weeks, replicas that ended long ago."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from controlplane.db import Database, alerts
+from controlplane.db import Database, alerts, decisions, replicas
 
 
 @dataclass(frozen=True, slots=True)
 class JanitorOptions:
     interval_seconds: float = 3600.0
     keep_alerts_seconds: int = 30 * 86400
+    keep_ended_seconds: int = 180 * 86400  # replicas with their history, and decisions
 
 
 class JanitorLoop:
@@ -20,8 +21,14 @@ class JanitorLoop:
     def __init__(self, db: Database, options: JanitorOptions) -> None:
         self._db = db
         self._keep_alerts = timedelta(seconds=options.keep_alerts_seconds)
+        self._keep_ended = timedelta(seconds=options.keep_ended_seconds)
         self.interval_seconds = options.interval_seconds
 
     async def run_once(self, now: datetime) -> str | None:
-        forgotten = await alerts.forget(self._db, older_than=self._keep_alerts, now=now)
-        return f"forgot {forgotten} alerts" if forgotten else None
+        forgotten = {
+            "alerts": await alerts.forget(self._db, older_than=self._keep_alerts, now=now),
+            "replicas": await replicas.forget(self._db, older_than=self._keep_ended, now=now),
+            "decisions": await decisions.forget(self._db, older_than=self._keep_ended, now=now),
+        }
+        words = [f"{count} {what}" for what, count in forgotten.items() if count]
+        return f"forgot {', '.join(words)}" if words else None

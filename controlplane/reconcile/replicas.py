@@ -71,6 +71,7 @@ class World:
     endpoints: dict[str, Endpoint]
     past: dict[str, list[PastReplica]]
     alerts: tuple[Alert, ...]
+    names: frozenset[str] = frozenset()  # of all replicas that were live
     outrun: set[str] = field(default_factory=set)  # sets of which somebody else has moved a replica meanwhile
 
 
@@ -133,7 +134,8 @@ class ReplicaLoop:
             past[one.replica_set].append(one)
         longest_window = max((one.spec.scale_down.stabilization_window_seconds for one in sets.values()), default=0)
         since = now - self._options.stale_after - timedelta(seconds=longest_window)
-        return World(sets, live, seen, past, await alerts.load_since(self._db, since))
+        names = frozenset(one.name for one in live)
+        return World(sets, live, seen, past, await alerts.load_since(self._db, since), names)
 
     async def _decide(self, world: World, pressing: dict[str, Pressure], done: Done, now: datetime) -> None:
         latest = await decisions.load_latest(self._db)
@@ -238,7 +240,7 @@ class ReplicaLoop:
             and job.comment == comment_for(job.name, self._options.instance_id)
         ]
         ended = await replicas.names_that_ended(self._db, [job.name for job in ours]) if ours else set()
-        orphans = [job for job in ours if job.name not in ended]
+        orphans = [job for job in ours if job.name not in ended and job.name not in world.names]
         self._orphans = {job.job_id: self._orphans.get(job.job_id, now) for job in orphans}
         due = [job for job in orphans if now - self._orphans[job.job_id] >= self._options.orphan_grace]
         actions: list[Action] = [CancelJob(job.job_id, job.name) for job in ours if job.name in ended or job in due]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 
 from controlplane.core.types import Move, Phase, Reason
 from controlplane.core.verbs import Verb, VerbRefused
-from controlplane.db import Database, DatabaseError, Duplicate, NotFound, Stale, replica_sets, replicas
+from controlplane.db import Database, DatabaseError, Duplicate, NotFound, Stale, decisions, replica_sets, replicas
 from tests.integration.db_rows import NOW, make_replica, make_set, opened, to
 
 
@@ -187,3 +188,21 @@ async def test_a_verb_that_cannot_be_obeyed_says_why(db: Database) -> None:
         await replicas.obey(db, replica.name, Verb.CANCEL, actor="ann", now=NOW)
     with pytest.raises(NotFound):
         await replicas.obey(db, "cp-a-999", Verb.CANCEL, actor="ann", now=NOW)
+
+
+async def test_what_ended_long_ago_is_forgotten_with_its_history(db: Database) -> None:
+    replica_set = await make_set(db)
+    ended = await make_replica(db, replica_set, Phase.ENDED)
+    live = await make_replica(db, replica_set)
+    assert await replicas.forget(db, older_than=timedelta(days=1), now=NOW + timedelta(hours=1)) == 0
+    assert await replicas.forget(db, older_than=timedelta(days=1), now=NOW + timedelta(days=2)) == 1
+    assert [one.name for one in await replicas.load_newest(db)] == [live.name]
+    assert await replicas.load_history(db, name=ended.name) == []
+
+
+async def test_each_sets_newest_decision_is_kept_however_old(db: Database) -> None:
+    await make_set(db)
+    await replica_sets.scale(db, "a", replicas=2, actor="test", now=NOW)
+    assert await decisions.forget(db, older_than=timedelta(days=1), now=NOW + timedelta(days=9)) >= 1
+    [kept] = await decisions.load_newest(db)
+    assert kept.desired == 2

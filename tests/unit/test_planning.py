@@ -517,3 +517,32 @@ def test_a_roll_while_no_replica_can_be_seen_to_serve_lets_none_go_that_has_serv
     assert said(a_scene(a_set(0), replicas, blind)) == [f"{one} DRAINING SCALED_DOWN" for one in (3, 2, 1)]
     seeing = [an_endpoint(replicas[0]), *blind[1:]]
     assert said(a_scene(a_set(3), [*replicas, *successor], seeing)) == ["2 DRAINING ROLLED", "3 DRAINING ROLLED"]
+
+
+def replaced_by(scene: Scene, names: Iterable[str]) -> list[int]:
+    asked = replace(scene, to_replace=frozenset(names))
+    steps = [one for one in plan(asked, now=NOW, rules=RULES) if isinstance(one, Move)]
+    return [step.replica.id for step in steps if step.reason is Reason.REPLACED and step.replica.exists]
+
+
+def test_an_alert_that_asks_to_replace_all_replaces_those_that_serve_one_at_a_time() -> None:
+    three = [a_replica(number, Phase.RUNNING) for number in (1, 2, 3)]
+    names = [replica.name for replica in three]
+    serving = [an_endpoint(replica) for replica in three]
+    many = a_set(3, spec=a_spec(max_replicas=4))
+    assert replaced_by(a_scene(many, three, serving), names) == [1]
+
+    leaving = a_replica(1, Phase.DRAINING, reason=Reason.REPLACED)
+    assert replaced_by(a_scene(many, [leaving, *three[1:]], serving), names) == []
+
+    successor = a_replica(4, Phase.RUNNING)
+    starting = [*serving[1:], an_endpoint(successor, Health.UNPROVEN)]
+    assert replaced_by(a_scene(many, [*three[1:], successor], starting), names) == []
+    ready = [*serving[1:], an_endpoint(successor)]
+    assert replaced_by(a_scene(many, [*three[1:], successor], ready), names) == [2]
+
+
+def test_replicas_that_do_not_serve_are_replaced_at_once() -> None:
+    three = [a_replica(number, Phase.RUNNING) for number in (1, 2, 3)]
+    endpoints = [an_endpoint(three[0], Health.FAILING), an_endpoint(three[1], Health.FAILING), an_endpoint(three[2])]
+    assert replaced_by(a_scene(a_set(3), three, endpoints), [replica.name for replica in three[:2]]) == [1, 2]
