@@ -13,13 +13,14 @@ import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import httpx
 
 from controlplane.clock import utc_now
-from controlplane.core.types import ReplicaSetSpec
-from controlplane.db import Database, DatabaseOptions, keys, migrate, replica_sets
+from controlplane.core.types import Move, Phase, Reason, ReplicaSetSpec
+from controlplane.db import Database, DatabaseOptions, keys, migrate, replica_sets, replicas
 from controlplane.demo.alert_rules import Pace, convert
 from controlplane.demo.children import Server, free_ports
 from controlplane.demo.postgres import PrivatePostgres
@@ -149,7 +150,17 @@ class Site(Server):
         now = utc_now()
         async with Database(DatabaseOptions(self.database_url)) as db:
             await replica_sets.apply(db, self._options.replica_set, actor="demo", now=now)
+            await self._forget_an_earlier_site(db, now)
             self.api_key, _ = await keys.create(db, "demo", models=None, expires_at=None, now=now)
+
+    async def _forget_an_earlier_site(self, db: Database, now: datetime) -> None:
+        """A database that was given may tell of replicas whose Slurm is gone: every site begins with an empty one."""
+        spec = self._options.replica_set
+        for replica in await replicas.load_live(db):
+            if replica.replica_set == spec.name:
+                gone = Move(replica, Phase.ENDED, Reason.LOST, "its site was taken down")
+                await replicas.move(db, gone, actor="demo", now=now)
+        await replica_sets.scale(db, spec.name, replicas=spec.min_replicas, actor="demo", now=now)
 
     def _wait_for_control_plane(self) -> None:
         def is_ready() -> bool:

@@ -78,3 +78,23 @@ async def test_replicas_serve_on_while_the_control_plane_is_dead(site: Site) -> 
             answer = await http.post("/v1/chat/completions", json=body)
         assert answer.status_code == 200, answer.text
         assert jobs(site) == before
+
+
+async def test_a_site_on_a_database_of_an_earlier_one_starts_afresh(session_directory: Path, database_url: str) -> None:
+    site = Site(session_directory / "site", SiteOptions(replace(SPEC, min_replicas=1), database_url=database_url))
+    async with Database(DatabaseOptions(database_url)) as db:
+
+        async def is_routable() -> bool:
+            return len(await endpoints.load_routable(db)) == 1
+
+        names = []
+        for _ in range(2):
+            await asyncio.to_thread(site.start)
+            try:
+                await eventually(is_routable, timeout_seconds=60)
+                [replica] = await replicas.load_live(db)
+                names.append(replica.name)
+            finally:
+                await asyncio.to_thread(site.stop)
+        assert (await replicas.load(db, names[0])).phase is Phase.ENDED
+        assert names[0] != names[1]
