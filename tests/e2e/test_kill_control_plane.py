@@ -1,4 +1,4 @@
-"""`kill -9` of the control plane while it scales up: the same replicas afterwards, and no second job."""
+"""The control plane is killed and comes back: the same replicas, no second job, and clients that notice nothing."""
 
 from __future__ import annotations
 
