@@ -100,7 +100,9 @@ async def _slurm(settings: Settings) -> AsyncIterator[Finding]:
         return
     left = ping.token_expires_at - utc_now()
     words = f"accepted; good for {timedelta(seconds=int(left.total_seconds()))} h"
-    if left >= _SHORT_LIFE or settings.slurm.jwt_key_file is not None:
+    if settings.slurm.jwt_key_file is not None:
+        yield Finding("token", Verdict.OK, "accepted; a short-lived one is made for each request")
+    elif left >= _SHORT_LIFE:
         yield Finding("token", Verdict.OK, words)
     else:
         remedy = "see that it is renewed in time, or use CONTROLPLANE_SLURM__TOKEN_COMMAND or __JWT_KEY_FILE"

@@ -116,7 +116,11 @@ def decide(
     """The decision for one set, this round. `endpoints` by replica name; may be asked again at any time."""
     desired = replica_set.desired_replicas
     if replica_set.is_paused:
-        return _stay(replica_set, DecisionReason.PAUSED, f"paused: {replica_set.paused_reason}")
+        return _stay(
+            replica_set,
+            DecisionReason.PAUSED,
+            f"paused: {replica_set.paused_reason}" if replica_set.paused_reason else "paused",
+        )
     if desired < replica_set.min_replicas:
         return _move(replica_set, replica_set.min_replicas, DecisionReason.BELOW_MIN, "fewer than min_replicas")
     if desired > replica_set.max_replicas:
@@ -160,12 +164,14 @@ def _decide_down(replica_set: ReplicaSet, pressure: Pressure, now: datetime) -> 
         return _stay(
             replica_set, DecisionReason.AT_MIN, f"{what}, but min_replicas is {replica_set.min_replicas}", down
         )
-    window_ends = pressure.last_up_at and pressure.last_up_at + seconds(policy.stabilization_window_seconds)
+    # an alert wanted more then, or an operator did, who may expect load that is not there yet
+    wanted_more_at = max((at for at in (pressure.last_up_at, replica_set.scaled_up_at) if at is not None), default=None)
+    window_ends = wanted_more_at and wanted_more_at + seconds(policy.stabilization_window_seconds)
     if window_ends is not None and now <= window_ends:  # up wins, even where the window has no length
         return _stay(
             replica_set,
             DecisionReason.STABILIZING,
-            f"{what}; up-pressure too recent until {window_ends:%H:%M:%S}",
+            f"{what}; more were wanted too recently, until {window_ends:%H:%M:%S}",
             down,
         )
     if (left := _cooldown_left(replica_set.scaled_down_at, policy.cooldown_seconds, now)) is not None:

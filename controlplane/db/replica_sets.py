@@ -110,6 +110,8 @@ async def _apply(connection: Connection, spec: ReplicaSetSpec, actor: str, now: 
         },
     )
     await _follow_external_endpoints(connection, spec)
+    count = len(spec.endpoints)
+    what = f"{count} fixed endpoints" if spec.is_external else f"between {bounds[0]} and {bounds[1]} replicas"
     await decisions.record(
         connection,
         Decision(
@@ -117,7 +119,7 @@ async def _apply(connection: Connection, spec: ReplicaSetSpec, actor: str, now: 
             desired=desired,
             previous=before.desired_replicas if before else desired,
             reason=DecisionReason.OPERATOR,
-            explanation=f"spec {outcome} by {actor}: between {bounds[0]} and {bounds[1]} replicas",
+            explanation=f"spec {outcome} by {actor}: {what}",
         ),
         actor=actor,
         now=now,
@@ -167,13 +169,21 @@ async def scale(
         desired = max(low, min(high, before.desired_replicas)) if replicas is None else replicas
         if not low <= desired <= high:
             raise ValueError(f"replicas: {desired} is not between {low} and {high}; change the bounds as well")
-        after = replace(before, desired_replicas=desired, min_replicas=low, max_replicas=high)
+        after = replace(
+            before,
+            desired_replicas=desired,
+            min_replicas=low,
+            max_replicas=high,
+            # an operator's word begins the same windows as a decision: no alert undoes it at once
+            scaled_up_at=now if desired > before.desired_replicas else before.scaled_up_at,
+            scaled_down_at=now if desired < before.desired_replicas else before.scaled_down_at,
+        )
         if dry_run or after == before:
             return after
         await connection.execute(
-            "UPDATE replica_sets SET desired_replicas = %s, min_replicas = %s, max_replicas = %s, updated_at = %s "
-            "WHERE name = %s",
-            (desired, low, high, now, name),
+            "UPDATE replica_sets SET desired_replicas = %s, min_replicas = %s, max_replicas = %s, "
+            "scaled_up_at = %s, scaled_down_at = %s, updated_at = %s WHERE name = %s",
+            (desired, low, high, after.scaled_up_at, after.scaled_down_at, now, name),
         )
         await _record_verb(
             connection,

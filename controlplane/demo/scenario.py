@@ -164,7 +164,8 @@ def _faults_of(story: Story) -> list[str]:
 
 def _stay(site: Site, console: Console) -> None:
     """Say where everything is, and wait for Ctrl-C."""
-    exports = "\n".join(f"export {name}='{value}'" for name, value in site.settings().items())
+    variables = {**site.settings(), "SLURM_CONF": str(site.slurm.conf_file)}
+    exports = "\n".join(f"export {name}='{value}'" for name, value in variables.items())
     console.rule("everything stays up until Ctrl-C")
     console.print(
         f"proxy          {site.proxy_url}   API key {site.api_key}\n"
@@ -176,7 +177,7 @@ def _stay(site: Site, console: Console) -> None:
         f"curl {site.proxy_url}/v1/chat/completions -H 'Authorization: Bearer {site.api_key}' \\\n"
         f"  -H 'Content-Type: application/json' \\\n"
         f"""  -d '{{"model": "{REPLICA_SET.model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'\n\n"""
-        f"For the command line (`controlplane get replicas --watch`):\n{exports}",
+        f"For the command lines (`controlplane get replicas --watch`, `squeue`):\n{exports}",
         soft_wrap=True,
         markup=False,
     )

@@ -58,6 +58,7 @@ PASSED_ON = frozenset(
 """JSON routes whose body names a `model`: passed on and back unread otherwise."""
 
 _JSON = b"application/json"
+_FIRST_READ_SECONDS = 1.0  # so that the first request finds something; without PostgreSQL we start all the same
 _LONGEST_PAUSE_WORTH_WAITING_FOR_SECONDS = 60
 
 
@@ -93,9 +94,10 @@ class Proxy:
 
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
-        await self._directory.refresh()  # so that the first request finds something; if it fails, we start all the same
         async with asyncio.TaskGroup() as tasks:
-            background = [tasks.create_task(self._directory.run()), tasks.create_task(self._upstreams.sweep())]
+            first = tasks.create_task(self._directory.refresh())
+            await asyncio.wait([first], timeout=_FIRST_READ_SECONDS)
+            background = [first, *map(tasks.create_task, (self._directory.run(), self._upstreams.sweep()))]
             await send({"type": "lifespan.startup.complete"})
             await receive()
             for task in background:

@@ -129,13 +129,17 @@ class ReplicaLoop:
         sets = {one.name: one for one in await replica_sets.load_all(self._db)}
         live = list(await replicas.load_live(self._db))
         seen = {one.replica: one for one in await endpoints.load_live(self._db) if one.replica is not None}
-        past: dict[str, list[PastReplica]] = defaultdict(list)
-        for one in await replicas.load_past(self._db, per_set=_PAST_PER_SET):
-            past[one.replica_set].append(one)
+        past = await self._load_past()
         longest_window = max((one.spec.scale_down.stabilization_window_seconds for one in sets.values()), default=0)
         since = now - self._options.stale_after - timedelta(seconds=longest_window)
         names = frozenset(one.name for one in live)
         return World(sets, live, seen, past, await alerts.load_since(self._db, since), names)
+
+    async def _load_past(self) -> dict[str, list[PastReplica]]:
+        past: dict[str, list[PastReplica]] = defaultdict(list)
+        for one in await replicas.load_past(self._db, per_set=_PAST_PER_SET):
+            past[one.replica_set].append(one)
+        return past
 
     async def _decide(self, world: World, pressing: dict[str, Pressure], done: Done, now: datetime) -> None:
         latest = await decisions.load_latest(self._db)
@@ -197,6 +201,8 @@ class ReplicaLoop:
                 if replica.phase is not Phase.ENDED:
                     following.append(replica)
         await slurm_jobs.record(self._db, seen, now)
+        if len(following) < len(world.replicas):
+            world.past = await self._load_past()  # what has just failed to start counts before the next one is made
         for replica in following:
             job = jobs.get(replica.name)
             endpoint = world.endpoints.get(replica.name)

@@ -8,6 +8,7 @@ from datetime import timedelta
 import httpx
 
 from controlplane.clock import utc_now
+from controlplane.core.planning import PlanRules
 from controlplane.core.types import Phase, Reason, SlurmResources, VllmOptions
 from controlplane.db import endpoints, replica_sets, replicas
 from controlplane.demo.slurm_cluster import SlurmCluster
@@ -114,6 +115,21 @@ async def test_a_replica_that_never_gets_ready_is_stopped_and_says_why(slurm: Sl
         steps = await replicas.load_history(site.db, name=first.name)
         said = " ".join(step.message or "" for step in steps)
         assert "not ready 2 s after it was first looked at" in said
+
+
+async def test_a_start_that_failed_is_not_tried_again_before_its_pause(slurm: SlurmCluster, database_url: str) -> None:
+    broken = replace(SPEC, min_replicas=1, vllm=VllmOptions(args=("--no-such-option",)))
+    async with reconciling(slurm, database_url, spec=broken) as site:
+        first, *_ = await eventually(lambda: replicas.load_newest(site.db))
+        ended = await site.until_ended(first.name)
+        assert ended.reason is Reason.CRASHED
+
+        async def is_second() -> bool:
+            return len(await replicas.load_newest(site.db)) == 2
+
+        await eventually(is_second, timeout_seconds=30)
+        second, _ = await replicas.load_newest(site.db)
+        assert second.created_at - ended.phase_since >= PlanRules().first_back_off
 
 
 async def test_what_slurm_refuses_ends_rejected_with_its_words(slurm: SlurmCluster, database_url: str) -> None:

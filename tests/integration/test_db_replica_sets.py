@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
 
-from controlplane.core.types import Decision, DecisionReason, ExternalEndpoint, ReplicaSetSpec, VllmOptions
+from controlplane.core.types import Decision, DecisionReason, ExternalEndpoint, ReplicaSet, ReplicaSetSpec, VllmOptions
 from controlplane.db import Database, NotFound, Stale, decisions, endpoints, replica_sets
 from controlplane.db.replica_sets import Applied
 from tests.conftest import eventually
@@ -183,3 +183,17 @@ async def is_waiting(db: Database) -> bool:
     async with db.connection() as connection:
         cursor = await connection.execute("SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
         return cursor.rowcount > 0
+
+
+async def test_an_operators_count_begins_the_windows_that_a_decision_begins(db: Database) -> None:
+    await make_set(db)
+    up = await scaled(db, replicas=3, now=NOW)
+    assert (up.scaled_up_at, up.scaled_down_at) == (NOW, None)
+    later = NOW + timedelta(minutes=1)
+    down = await scaled(db, replicas=2, now=later)
+    assert (down.scaled_up_at, down.scaled_down_at) == (NOW, later)
+
+
+async def scaled(db: Database, *, replicas: int, now: datetime) -> ReplicaSet:
+    await replica_sets.scale(db, "a", replicas=replicas, actor="test", now=now)
+    return await replica_sets.load(db, "a")

@@ -154,6 +154,14 @@ def test_refused_requests_ask_for_a_first_replica_at_once(firing: Firing) -> Non
     firing(refused, {"50s": [], "80s": [NO_REPLICA], "8m": []})
 
 
+def test_once_a_replica_is_routable_earlier_refusals_ask_for_no_second_one(firing: Firing) -> None:
+    series = {
+        'proxy_requests_total{job="proxy",model="m",tenant="t",code="503"}': "0x6 1+1x6 7x60",
+        'controlplane_replicas_routable{replica_set="s",model="m"}': "0x9 1x60",
+    }
+    firing(series, {"80s": [NO_REPLICA], "100s": [], "2m": []})
+
+
 def test_requests_for_models_that_nobody_knows_ask_for_nothing(firing: Firing) -> None:
     firing({'proxy_requests_total{job="proxy",model="",tenant="t",code="503"}': "0+1x30"}, {"2m": []})
 

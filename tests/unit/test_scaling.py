@@ -82,7 +82,7 @@ EVERY_REASON = [
     (DecisionReason.SCALED_DOWN, tame(3, step_down=5), [down], 1),  # never below min
     (DecisionReason.SCALED_DOWN, tame(4), [replace(down, step=2)], 2),
     (DecisionReason.SCALED_DOWN, tame(3, scaled_down_at=ago(120)), [down], 2),
-    (DecisionReason.SCALED_DOWN, tame(3, scaled_up_at=ago(1)), [down], 2),
+    (DecisionReason.STABILIZING, tame(3, scaled_up_at=ago(1)), [down], 3),  # an operator wanted more
     (DecisionReason.SCALED_DOWN, tame(3, window=99), [down, resolved_up], 2),
     (DecisionReason.COOLDOWN, tame(3, scaled_down_at=ago(119)), [down], 3),
     (DecisionReason.STABILIZING, tame(3), [down, resolved_up], 3),
@@ -287,3 +287,9 @@ def test_up_on_one_set_keeps_its_sibling_of_the_same_model_from_shrinking(window
     pressure = pressed(up, down, sets=[cheap, dear])
     assert decide(cheap, pressure["cheap"], [], {}, now=NOW).reason is DecisionReason.SCALED_UP
     assert decide(dear, pressure["dear"], [], {}, now=NOW).reason is DecisionReason.STABILIZING
+
+
+def test_what_an_operator_asked_for_a_moment_ago_is_not_undone_by_an_alert_that_stands() -> None:
+    raised = tame(3, scaled_up_at=ago(10))
+    assert decided(raised, down).reason is DecisionReason.STABILIZING
+    assert decided(replace(raised, scaled_up_at=ago(301)), down).reason is DecisionReason.SCALED_DOWN
