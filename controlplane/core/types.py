@@ -273,6 +273,7 @@ class Endpoint:
     url: str
     api_key: str | None = field(repr=False)
     replica: str | None = None  # None: Slurm does not run it
+    probe: str = "completion"  # as in the spec it was made for
     is_draining: bool = False  # its replica is
     health: Health = Health.UNPROVEN
     passes: int = 0  # consecutive

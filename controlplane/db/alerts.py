@@ -16,7 +16,7 @@ from psycopg.types.json import Jsonb
 
 from controlplane.core.types import Alert, AlertAction
 from controlplane.db.errors import Duplicate
-from controlplane.db.pool import Connection, Database
+from controlplane.db.pool import Connection, Database, wake
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ async def store(
                 ignored[alert.ignored_reason] = ignored.get(alert.ignored_reason, 0) + 1
             else:
                 accepted += 1
-        await connection.execute("SELECT pg_notify('controlplane_wake', '')")
+        await wake(connection)
     return Stored(accepted=accepted, duplicates=duplicates, ignored=ignored)
 
 
@@ -81,7 +81,7 @@ async def refresh(db: Database, source: str, org_id: int, active: Iterable[Alert
         )
         changed += cursor.rowcount
         if changed:
-            await connection.execute("SELECT pg_notify('controlplane_wake', '')")
+            await wake(connection)
     return changed
 
 

@@ -13,6 +13,7 @@ from controlplane.db.pool import Database
 _MODEL = "coalesce(r.spec->>'model', s.model) AS model"  # a replica serves what it was started for
 _COLUMNS = (
     f"e.id, e.replica_set, {_MODEL}, e.url, e.api_key, r.name AS replica, "
+    "coalesce(r.spec->>'probe', s.spec->>'probe') AS probe, "
     "coalesce(r.phase = 'DRAINING', false) AS is_draining, e.health, e.passes, e.fails, e.first_ready_at, "
     "e.failing_since, e.probed_at, e.confirmed_at, e.running, e.waiting, e.generated_tokens, e.message"
 )

@@ -35,14 +35,11 @@ def migrate(url: str) -> list[str]:
         return [migration.id for migration in missing]
 
 
-def pending_migrations(url: str) -> list[str]:
-    """Ids of the migrations that this version has and the database lacks. Raises DbUnavailable."""
-    with _locked(url), _backend(url) as (backend, migrations):
-        return [migration.id for migration in backend.to_apply(migrations)]
-
-
 async def missing_migrations(db: Database) -> list[str]:
-    """The same, read from what yoyo has written down: takes no lock, so that it can be asked at any time."""
+    """Ids of the migrations that this version has and the database lacks. Raises DbUnavailable.
+
+    Read from what yoyo has written down: takes no lock, so that it can be asked at any time.
+    """
     async with db.connection() as connection:
         row = await (
             await connection.execute("SELECT to_regclass('_yoyo_migration') IS NOT NULL AS is_there")

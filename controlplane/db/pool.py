@@ -6,7 +6,6 @@ works again when it is back. Connections commit by themselves; what belongs toge
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -18,6 +17,9 @@ from psycopg.rows import DictRow, dict_row
 from psycopg_pool import AsyncConnectionPool
 
 from controlplane.db.errors import DatabaseError, DbUnavailable, Duplicate
+
+WAKE_CHANNEL = "controlplane_wake"
+ENDPOINTS_CHANNEL = "controlplane_endpoints"  # announced by the schema's triggers
 
 Connection = psycopg.AsyncConnection[DictRow]
 
@@ -84,6 +86,11 @@ class Database:
         async with _translated(), await self._connect() as connection:
             await connection.execute("SELECT 1")
 
+    async def wake(self) -> None:
+        """`wake`, when nothing else is written."""
+        async with self.connection() as connection:
+            await wake(connection)
+
     async def listen(self, *channels: str) -> AsyncIterator[str]:
         """Yield the name of each channel that is notified, over a connection of its own.
 
@@ -128,10 +135,6 @@ def _said(error: Exception) -> str:
     return " ".join(str(error).split())[:256]
 
 
-async def wait_until_up(db: Database, *, poll_seconds: float = 1.0) -> None:
-    """Return when PostgreSQL answers, however long that takes."""
-    while True:
-        try:
-            return await db.ping()
-        except DbUnavailable:
-            await asyncio.sleep(poll_seconds)
+async def wake(connection: Connection) -> None:
+    """Tell the reconciler, when this transaction commits, that there is something to do."""
+    await connection.execute("SELECT pg_notify(%s, '')", (WAKE_CHANNEL,))

@@ -20,7 +20,7 @@ from controlplane.core.specs import spec_hash
 from controlplane.core.types import Decision, DecisionReason, ReplicaSet, ReplicaSetSpec
 from controlplane.db import decisions
 from controlplane.db.errors import NotFound, Stale
-from controlplane.db.pool import Connection, Database
+from controlplane.db.pool import Connection, Database, wake
 
 SPECS: TypeAdapter[ReplicaSetSpec] = TypeAdapter(ReplicaSetSpec)
 
@@ -124,7 +124,7 @@ async def _apply(connection: Connection, spec: ReplicaSetSpec, actor: str, now: 
         actor=actor,
         now=now,
     )
-    await _wake(connection)
+    await wake(connection)
     return outcome
 
 
@@ -287,11 +287,7 @@ async def _record_verb(
         explanation=f"{explanation} ({reason})" if reason else explanation,
     )
     await decisions.record(connection, decision, actor=actor, now=now)
-    await _wake(connection)
-
-
-async def _wake(connection: Connection) -> None:
-    await connection.execute("SELECT pg_notify('controlplane_wake', '')")
+    await wake(connection)
 
 
 async def _endpoints_are(connection: Connection, spec: ReplicaSetSpec) -> bool:

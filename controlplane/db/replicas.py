@@ -215,7 +215,7 @@ async def obey(db: Database, name: str, verb: Verb, *, actor: str, now: datetime
             moved = await move(db, step, actor=actor, now=now)
         except Stale:
             continue
-        await wake(db)
+        await db.wake()
         return Obeyed(moved, is_changed=True)
     raise Stale(f"{name} moved on at every attempt; try again")
 
@@ -227,12 +227,6 @@ async def forget(db: Database, *, older_than: timedelta, now: datetime) -> int:
             "DELETE FROM replicas WHERE phase = 'ENDED' AND ended_at < %s", (now - older_than,)
         )
         return cursor.rowcount
-
-
-async def wake(db: Database) -> None:
-    """Tell the reconciler that there is something to do."""
-    async with db.connection() as connection:
-        await connection.execute("SELECT pg_notify('controlplane_wake', '')")
 
 
 async def mark_idle(db: Database, replica: Replica, since: datetime | None) -> None:

@@ -74,7 +74,6 @@ class Proxy:
         self._upstreams = Upstreams(keepalive_seconds=options.keepalive_seconds, avoid_seconds=options.avoid_seconds)
         self._directory = Directory(db, refresh_seconds=options.refresh_seconds, on_read=self._follow)
         self._forwarder = Forwarder(options, self._upstreams, rng)
-        self._started_at = utc_now()
         metrics.directory_age_seconds.set_function(self._directory.age_seconds)
 
     @property

@@ -20,9 +20,8 @@ from loguru import logger
 
 from controlplane.clock import utc_now
 from controlplane.core.types import ApiKey, RoutableEndpoint, ServedModel
-from controlplane.db import Database, DatabaseError, endpoints, keys
+from controlplane.db import ENDPOINTS_CHANNEL, Database, DatabaseError, endpoints, keys
 
-_CHANNEL = "controlplane_endpoints"
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.1, 5.0
 
 
@@ -127,7 +126,7 @@ class Directory:
         wait_seconds = _FIRST_WAIT_SECONDS
         while True:
             try:
-                async for _ in self._db.listen(_CHANNEL):
+                async for _ in self._db.listen(ENDPOINTS_CHANNEL):
                     is_deaf = False
                     wait_seconds = _FIRST_WAIT_SECONDS
                     self._wake.set()

@@ -15,7 +15,7 @@ from loguru import logger
 
 from controlplane.core.health import HealthRules, observe
 from controlplane.core.types import Endpoint, Health
-from controlplane.db import Database, DatabaseError, endpoints, replica_sets, replicas
+from controlplane.db import Database, DatabaseError, endpoints
 from controlplane.reconcile.probe import ProbeLimits, probe
 
 
@@ -43,13 +43,12 @@ class EndpointLoop:
 
     async def run_once(self, now: datetime) -> str | None:
         """Begin the looks that are due; each writes its own result."""
-        kinds = {one.name: one.spec.probe for one in await replica_sets.load_all(self._db)}
         live = await endpoints.load_live(self._db)
         self._forget_all_but({endpoint.id for endpoint in live})
         for endpoint in live:
             is_due = endpoint.is_draining or self._due.get(endpoint.id, now) <= now
             if is_due and endpoint.id not in self._looks:
-                self._looks[endpoint.id] = asyncio.create_task(self._look(endpoint, kinds[endpoint.replica_set]))
+                self._looks[endpoint.id] = asyncio.create_task(self._look(endpoint))
         return None
 
     async def close(self) -> None:
@@ -65,14 +64,14 @@ class EndpointLoop:
         for gone in self._looks.keys() - live:
             self._looks[gone].cancel()
 
-    async def _look(self, before: Endpoint, kind: str) -> None:
+    async def _look(self, before: Endpoint) -> None:
         try:
-            await self._look_once(before, kind)
+            await self._look_once(before)
         finally:
             self._looks.pop(before.id, None)
 
-    async def _look_once(self, before: Endpoint, kind: str) -> None:
-        result = await probe(self._http, before, kind, self._options.limits)
+    async def _look_once(self, before: Endpoint) -> None:
+        result = await probe(self._http, before, before.probe, self._options.limits)
         now = self._clock()
         after = observe(before, result, now=now, rules=self._options.rules)
         if after.health is Health.READY and after.fails == 0:
@@ -80,7 +79,7 @@ class EndpointLoop:
         try:
             await endpoints.save(self._db, after, seen=before)
             if after.health is not before.health:
-                await replicas.wake(self._db)
+                await self._db.wake()
         except DatabaseError as error:
             logger.warning("a probe's result could not be kept", endpoint=before.url, error=str(error))
             return

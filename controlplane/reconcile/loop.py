@@ -18,13 +18,12 @@ from typing import Protocol
 
 from loguru import logger
 
-from controlplane.db import Database, DatabaseError, DbUnavailable, leases
+from controlplane.db import WAKE_CHANNEL, Database, DatabaseError, DbUnavailable, leases
 from controlplane.metrics import ControlPlaneMetrics
 
-WAKE_CHANNEL = "controlplane_wake"
 _LEASE = "reconciler"
 _RETRY_SECONDS = 1.0
-_SOON_SECONDS = 0.2  # after a round that did something: what it did usually asks for the next step
+_SOON_SECONDS = 0.2  # between two rounds at least
 
 
 class Loop(Protocol):
@@ -66,10 +65,6 @@ class Runner:
         self._rng = rng or random.Random()  # noqa: S311 - spreads load, guards nothing
         self._wakes = {loop.name: asyncio.Event() for loop in loops}
         self._held = asyncio.Event()
-
-    @property
-    def holds_lease(self) -> bool:
-        return self._held.is_set()
 
     def wake(self) -> None:
         """Let every loop take its next round now."""
@@ -135,12 +130,12 @@ class Runner:
             wake.clear()
             sentence, error = await self._round(loop, error)
             pause = loop.interval_seconds * (1 + self._options.jitter * self._rng.uniform(-1, 1))
-            if sentence is not None:
-                pause = min(pause, _SOON_SECONDS)
             await asyncio.sleep(_SOON_SECONDS)  # many wakes are one round: each asks Slurm for every job it has
-            left = pause - _SOON_SECONDS
+            if sentence is not None:
+                continue  # what was done usually asks for the next step
             with suppress(TimeoutError):
-                async with asyncio.timeout(left):  # not wait_for: in Python 3.11 that can lose a cancellation
+                # not wait_for: in Python 3.11 that can lose a cancellation
+                async with asyncio.timeout(pause - _SOON_SECONDS):
                     await wake.wait()
 
     async def _round(self, loop: Loop, last_error: str | None) -> tuple[str | None, str | None]:

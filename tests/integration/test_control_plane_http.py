@@ -76,6 +76,13 @@ async def test_a_replica_serves_the_model_it_was_started_for_whatever_its_set_is
     assert [(one.model, one.routable) for one in await endpoints.load_served_models(rig.db)] == [("renamed", 0)]
 
 
+async def test_a_replica_is_probed_as_it_was_started_to_be_whatever_its_set_says_now(rig: WebRig) -> None:
+    replica = await make_replica(rig.db, await make_set(rig.db), Phase.RUNNING)
+    await make_ready(rig.db, replica, "http://n1:20000")
+    await make_set(rig.db, probe="embedding")
+    assert [one.probe for one in await endpoints.load_live(rig.db)] == ["completion"]
+
+
 async def test_prometheus_is_given_every_live_endpoint_with_its_labels(rig: WebRig) -> None:
     replica = await make_replica(rig.db, await make_set(rig.db), Phase.RUNNING)
     await make_ready(rig.db, replica, "http://n1:20000")

@@ -10,7 +10,6 @@ from openai.types.chat import ChatCompletionMessageParam
 
 from controlplane.clock import utc_now
 from controlplane.db import Database, replica_sets
-from controlplane.demo.postgres import PrivatePostgres
 from tests.integration.proxy_rig import (
     MODEL,
     Connection,
@@ -34,15 +33,9 @@ def fake() -> Iterator[FakeProcess]:
         yield process
 
 
-@pytest.fixture(scope="module")
-def shared_url(postgres: PrivatePostgres, template_database: str) -> Iterator[str]:
-    """One database for all: every test wants the same rows in it."""
-    yield postgres.create_database("openai_sdk", template=template_database)
-    postgres.drop_database("openai_sdk")
-
-
 @pytest.fixture
 async def db(shared_url: str) -> AsyncIterator[Database]:
+    """One database for all: every test wants the same rows in it."""
     async with opened(shared_url) as database:
         yield database
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -22,18 +22,11 @@ from controlplane.db import (
     replica_sets,
     replicas,
 )
-from controlplane.demo.postgres import PrivatePostgres
 from controlplane.web import OperatorToken
 from tests.integration.db_rows import NOW, make_replica, make_set, opened
 from tests.integration.web_rig import OPTIONS, WebRig
 
 SECRET = "x" * 32  # of every replica made by db_rows
-
-
-@pytest.fixture(scope="module")
-def shared_url(postgres: PrivatePostgres, template_database: str) -> Iterator[str]:
-    yield postgres.create_database("operators", template=template_database)
-    postgres.drop_database("operators")
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -15,7 +15,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from controlplane.clock import utc_now
 from controlplane.db import Database, endpoints, replica_sets
-from controlplane.demo.postgres import PrivatePostgres
 from tests.integration.proxy_rig import (
     CHAT,
     MODEL,
@@ -34,15 +33,9 @@ from tests.integration.proxy_rig import (
 )
 
 
-@pytest.fixture(scope="module")
-def shared_url(postgres: PrivatePostgres, template_database: str) -> Iterator[str]:
-    """One database for all: tests that change more than the endpoints of `MODEL` use models of their own."""
-    yield postgres.create_database("proxy_api", template=template_database)
-    postgres.drop_database("proxy_api")
-
-
 @pytest.fixture
 async def db(shared_url: str) -> AsyncIterator[Database]:
+    """One database for all: tests that change more than the endpoints of `MODEL` use models of their own."""
     async with opened(shared_url) as database:
         yield database
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any
@@ -13,7 +13,6 @@ import httpx
 import pytest
 
 from controlplane.db import Database
-from controlplane.demo.postgres import PrivatePostgres
 from tests.conftest import eventually
 from tests.integration.proxy_rig import (
     CHAT,
@@ -35,15 +34,9 @@ from tests.integration.proxy_rig import (
 REPLY = b'{"id":"chatcmpl-1",  "choices":[]}'
 
 
-@pytest.fixture(scope="module")
-def shared_url(postgres: PrivatePostgres, template_database: str) -> Iterator[str]:
-    """One database for all: each test gives the one replica set endpoints of its own, which replace the last one's."""
-    yield postgres.create_database("proxy_forward", template=template_database)
-    postgres.drop_database("proxy_forward")
-
-
 @pytest.fixture
 async def db(shared_url: str) -> AsyncIterator[Database]:
+    """One database for all: each test gives the one replica set endpoints of its own, replacing the last one's."""
     async with opened(shared_url) as database:
         yield database
 

@@ -7,7 +7,7 @@ import base64
 import hashlib
 import hmac
 import json
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,7 +19,6 @@ from prometheus_client import CollectorRegistry
 
 from controlplane.core.types import Alert, AlertAction
 from controlplane.db import Database, DatabaseOptions, alerts
-from controlplane.demo.postgres import PrivatePostgres
 from controlplane.metrics import ControlPlaneMetrics
 from controlplane.web import WebhookCredentials, WebOptions, create_app
 from tests.conftest import eventually
@@ -63,13 +62,6 @@ class Rig:
     def counted(self, outcome: str, source: str = "grafana") -> float:
         labels = {"source": source, "outcome": outcome}
         return self.registry.get_sample_value("controlplane_alerts_total", labels) or 0.0
-
-
-@pytest.fixture(scope="module")
-def shared_url(postgres: PrivatePostgres, template_database: str) -> Iterator[str]:
-    """One database for all tests of this file, which are many."""
-    yield postgres.create_database("webhooks", template=template_database)
-    postgres.drop_database("webhooks")
 
 
 @pytest.fixture
