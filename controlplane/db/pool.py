@@ -2,10 +2,15 @@
 
 States: `open()` returns at once, connected or not; every later call raises DbUnavailable while PostgreSQL is away and
 works again when it is back. Connections commit by themselves; what belongs together says `transaction()`.
+
+A task that is cancelled in here ends cancelled, so that no loop runs on for ever. Below, a cancellation can be lost: to
+`asyncio.wait_for` of Python 3.11, when the pool's connection comes at the same moment, and to the error of a server
+that goes away while psycopg cancels the query.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -69,7 +74,10 @@ class Database:
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
         """One connection, committing by itself. Raises DbUnavailable, Duplicate, DatabaseError."""
+        asked = _cancellations()
         async with _translated(), self._pool.connection() as connection:
+            if _cancellations() > asked:
+                raise asyncio.CancelledError
             yield connection
 
     @asynccontextmanager
@@ -121,14 +129,27 @@ class Database:
 
 @asynccontextmanager
 async def _translated() -> AsyncIterator[None]:
+    asked = _cancellations()
     try:
         yield
-    except psycopg.errors.UniqueViolation as error:
-        raise Duplicate(error.diag.constraint_name or str(error)) from error
-    except (psycopg.OperationalError, psycopg.InterfaceError, OSError) as error:
-        raise DbUnavailable(_said(error)) from error
-    except psycopg.Error as error:
-        raise DatabaseError(_said(error)) from error
+    except (psycopg.Error, OSError) as error:
+        if _cancellations() > asked:
+            raise asyncio.CancelledError from error
+        raise _translation(error) from error
+
+
+def _translation(error: psycopg.Error | OSError) -> DatabaseError:
+    if isinstance(error, psycopg.errors.UniqueViolation):
+        return Duplicate(error.diag.constraint_name or str(error))
+    if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError | OSError):
+        return DbUnavailable(_said(error))
+    return DatabaseError(_said(error))
+
+
+def _cancellations() -> int:
+    """How often the running task was asked to end."""
+    task = asyncio.current_task()
+    return task.cancelling() if task is not None else 0
 
 
 def _said(error: Exception) -> str:

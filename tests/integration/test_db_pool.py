@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 
+import psycopg
+import pytest
+
+from controlplane.db import Database, DatabaseOptions
 from tests.integration.db_rows import opened
 
 
@@ -18,3 +23,42 @@ async def test_a_host_that_is_gone_is_noticed_in_seconds(database_url: str) -> N
                 for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
             )
     assert idle + between * count <= 30
+
+
+@pytest.mark.parametrize("turns", range(8))
+async def test_a_cancellation_that_comes_with_the_connection_is_not_lost(database_url: str, turns: int) -> None:
+    """`turns` of the event loop lie between the connection's coming free and the cancellation of who waits for it."""
+    async with Database(DatabaseOptions(database_url, max_connections=1)) as db:
+
+        async def use_one() -> None:
+            async with db.connection():
+                pass
+            await asyncio.Event().wait()  # what a loop would do that never heard of its end
+
+        async with db.connection():
+            waiting = asyncio.create_task(use_one())
+            await asyncio.sleep(0.02)  # it has reached the pool's queue, where the race is; else it passes
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(waiting, timeout=5)
+        async with db.connection() as connection:  # and it gave the connection back
+            await connection.execute("SELECT 1")
+
+
+async def test_a_cancelled_query_on_a_server_that_goes_away_ends_cancelled(database_url: str) -> None:
+    async with opened(database_url) as db:
+
+        async def ask() -> None:
+            async with db.connection() as connection:
+                try:
+                    await connection.execute("SELECT pg_sleep(60)")
+                except asyncio.CancelledError:
+                    raise psycopg.OperationalError("the server closed the connection") from None
+
+        asking = asyncio.create_task(ask())
+        await asyncio.sleep(0.1)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
