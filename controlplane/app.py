@@ -162,6 +162,7 @@ def web_options(settings: Settings) -> web.WebOptions:
         operators=tuple(web.OperatorToken(one.name, one.secret.get_secret_value()) for one in settings.operator.tokens),
         script=script_options(settings),
         max_body_bytes=webhook.max_body_bytes,
+        max_waiting=webhook.max_waiting,
     )
 
 

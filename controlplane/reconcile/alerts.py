@@ -7,17 +7,17 @@ is not active: whoever silenced it wants quiet. A list that could not be had, or
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 import httpx
 
-from controlplane.core.alerts import judge
+from controlplane.core.alerts import Target, judge
 from controlplane.core.storable import storable
 from controlplane.core.times import parse_time
-from controlplane.core.types import Alert, ReplicaSet
+from controlplane.core.types import Alert
 from controlplane.db import Database, alerts, replica_sets
 
 _PATHS = {"grafana": "/api/alertmanager/grafana/api/v2/alerts", "alertmanager": "/api/v2/alerts"}
@@ -55,7 +55,7 @@ class AlertPullLoop:
 
     async def run_once(self, now: datetime) -> str | None:
         """Read every source. One that fails does not keep the others from being read; it raises at the end."""
-        known = await replica_sets.load_all(self._db)
+        known = await replica_sets.load_targets(self._db)
         changed: dict[str, int] = {}
         failures: list[str] = []
         for source in self._options.sources:
@@ -70,7 +70,7 @@ class AlertPullLoop:
             raise UnreadableAlerts("; ".join(failures))
         return ", ".join(f"{count} alerts healed from {name}" for name, count in changed.items()) or None
 
-    async def _pull(self, source: AlertSource, known: Iterable[ReplicaSet], now: datetime) -> list[Alert]:
+    async def _pull(self, source: AlertSource, known: Mapping[str, Target], now: datetime) -> list[Alert]:
         try:
             answer = await self._http.get(
                 source.url.rstrip("/") + _PATHS[source.source],
@@ -91,7 +91,7 @@ class AlertPullLoop:
             raise UnreadableAlerts(f"not a list of alerts: {type(error).__name__}: {error}"[:256]) from error
 
 
-def _alert(entry: Mapping[str, Any], source: AlertSource, known: Iterable[ReplicaSet], now: datetime) -> Alert:
+def _alert(entry: Mapping[str, Any], source: AlertSource, known: Mapping[str, Target], now: datetime) -> Alert:
     # a name between double underscores is Grafana's own: webhooks do not carry those labels either
     labels = {str(name): str(value) for name, value in entry["labels"].items() if not _is_hidden(name)}
     annotations = {str(name): str(value) for name, value in entry["annotations"].items() if not _is_hidden(name)}

@@ -75,6 +75,9 @@ class WebhookSettings(Section):
         default=None, description="header that holds the time that is signed with the body"
     )
     max_body_bytes: Count = Field(default=4 * 1024 * 1024, description="larger deliveries are refused with 413")
+    max_waiting: Count = Field(
+        default=2000, description="deliveries that wait to be stored at most; more are refused with 503"
+    )
 
 
 class OperatorSettings(Section):
