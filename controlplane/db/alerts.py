@@ -107,7 +107,7 @@ async def refresh(
         await connection.execute("LOCK TABLE alerts IN SHARE ROW EXCLUSIVE MODE")
         changed = await _keep_newest(connection, active, is_pulled=True)
         cursor = await connection.execute(
-            "UPDATE alerts SET status = 'resolved', ends_at = %(now)s, refreshed_at = %(now)s "
+            "UPDATE alerts SET status = 'resolved', ends_at = %(now)s, refreshed_at = %(now)s, stale_since = NULL "
             "WHERE source = %(source)s AND org_id = %(org_id)s AND status = 'firing' AND refreshed_at <= %(now)s "
             "AND fingerprint <> ALL (%(listed)s)",
             {
@@ -138,7 +138,7 @@ async def load_since(db: Database, since: datetime) -> tuple[Alert, ...]:
     async with db.connection() as connection:
         cursor = await connection.execute(
             "SELECT source, org_id, fingerprint, alertname, status, starts_at, ends_at, refreshed_at, labels, "
-            "annotations, values, action, step, ignored_reason FROM alerts WHERE refreshed_at >= %s "
+            "annotations, values, action, step, ignored_reason, stale_since FROM alerts WHERE refreshed_at >= %s "
             "ORDER BY refreshed_at DESC, fingerprint",
             (since,),
         )
@@ -156,15 +156,43 @@ async def load_first_receipts(db: Database, since: datetime) -> dict[str, dateti
         return {row["key"]: row["at"] for row in await cursor.fetchall()}
 
 
+async def note_stale(db: Database, *, stale_after: timedelta, now: datetime) -> list[str]:
+    """Mark what fires, would press, and was not confirmed for so long; returns the keys of those newly marked."""
+    async with db.connection() as connection:
+        cursor = await connection.execute(
+            f"UPDATE alerts SET stale_since = %s WHERE ctid = {_UNLOCKED.format('alerts', _UNCONFIRMED)} "
+            "RETURNING source || '/' || org_id || '/' || fingerprint AS key",
+            (now, now - stale_after),
+        )
+        return sorted(row["key"] for row in await cursor.fetchall())
+
+
+async def count_stale(db: Database) -> dict[str, int]:
+    """How many alerts are marked as stale, by source."""
+    async with db.connection() as connection:
+        cursor = await connection.execute(
+            "SELECT source, count(*) FROM alerts WHERE status = 'firing' AND stale_since IS NOT NULL GROUP BY source"
+        )
+        return {row["source"]: row["count"] for row in await cursor.fetchall()}
+
+
+_UNCONFIRMED = "status = 'firing' AND action IS NOT NULL AND stale_since IS NULL AND refreshed_at < %s"
+_UNLOCKED = "ANY (ARRAY (SELECT ctid FROM {0} WHERE {1} FOR UPDATE SKIP LOCKED))"
+"""Rows that no delivery holds: one that does is about to refresh it, and neither waits for the other."""
+
+
 async def forget(db: Database, *, older_than: timedelta, now: datetime) -> int:
     """Delete what nobody has confirmed for so long; returns how many alerts went."""
     async with db.transaction() as connection:
         before = now - older_than
-        # a delivery that comes just now may have locked one of these: it is no longer old, and nobody waits for it
-        old = "DELETE FROM {0} WHERE ctid = ANY (ARRAY(SELECT ctid FROM {0} WHERE {1} < %s FOR UPDATE SKIP LOCKED))"
-        await connection.execute(old.format("alert_deliveries", "last_received_at"), (before,))
-        await connection.execute(old.format("webhook_signatures", "expires_at"), (now,))
-        return (await connection.execute(old.format("alerts", "refreshed_at"), (before,))).rowcount
+
+        async def delete(table: str, time: str, before: datetime) -> int:
+            old = _UNLOCKED.format(table, f"{time} < %s")
+            return (await connection.execute(f"DELETE FROM {table} WHERE ctid = {old}", (before,))).rowcount
+
+        await delete("alert_deliveries", "last_received_at", before)
+        await delete("webhook_signatures", "expires_at", now)
+        return await delete("alerts", "refreshed_at", before)
 
 
 _Word = tuple[str, int, str, datetime, str]
@@ -280,7 +308,7 @@ async def _keep_newest(connection: Connection, told: Sequence[Alert], *, is_pull
                SET alertname = excluded.alertname, status = excluded.status, ends_at = excluded.ends_at,
                    starts_at = CASE a.status WHEN 'firing' THEN greatest(a.starts_at, excluded.starts_at)
                                              ELSE excluded.starts_at END,
-                   refreshed_at = greatest(a.refreshed_at, excluded.refreshed_at),
+                   refreshed_at = greatest(a.refreshed_at, excluded.refreshed_at), stale_since = NULL,
                    labels = excluded.labels, annotations = excluded.annotations, values = excluded.values,
                    action = excluded.action, step = excluded.step, ignored_reason = excluded.ignored_reason
              WHERE (greatest(excluded.starts_at, excluded.ends_at), excluded.status = 'resolved')

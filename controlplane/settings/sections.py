@@ -147,6 +147,11 @@ class AlertsSettings(Section):
         default=900.0, description="a firing alert that was not confirmed for so long no longer presses"
     )
     pull_interval_seconds: Seconds = Field(default=15.0, description="time between two pulls of the active alerts")
+    absence_seconds: Seconds = Field(
+        default=90.0,
+        description="how long a firing alert must be missing from every pull to be resolved: "
+        "a source that has just started lists none",
+    )
 
 
 class GrafanaSettings(Section):
