@@ -84,20 +84,22 @@ class Intake:
     async def _outcomes(self, parcels: Sequence[Parcel]) -> Sequence[alerts.Stored | DatabaseError]:
         try:
             return await self._store_all(parcels)
-        except DbUnavailable as error:
-            self._missed_some = True
-            return [error] * len(parcels)
         except DatabaseError as error:
-            if len(parcels) == 1:
-                return [error]
+            if isinstance(error, DbUnavailable) or len(parcels) == 1:
+                self._missed_some = True
+                return [error] * len(parcels)
         return [outcome for one in parcels for outcome in await self._outcomes([one])]
 
     async def _store_all(self, parcels: Sequence[Parcel]) -> list[alerts.Stored | DatabaseError]:
         known = await replica_sets.load_targets(self._db)
-        wants_pull = self._missed_some or any(one.delivery.truncated for one in parcels)
         arrivals = [_arrival(one, known) for one in parcels]
-        stored = await alerts.store_all(self._db, arrivals, wants_pull=wants_pull)
-        self._missed_some = False
+        missed_some, self._missed_some = self._missed_some, False  # who is refused meanwhile sets it again
+        wants_pull = missed_some or any(one.delivery.truncated for one in parcels)
+        try:
+            stored = await alerts.store_all(self._db, arrivals, wants_pull=wants_pull)
+        except DatabaseError:
+            self._missed_some |= missed_some
+            raise
         return [Duplicate("this signature was used before") if one is None else one for one in stored]
 
 
