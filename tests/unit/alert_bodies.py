@@ -45,14 +45,16 @@ class History:
     def is_firing(self) -> bool:
         return self.episodes[-1][1] is None
 
-    def words(self) -> list[Told]:
-        """Everything that both peers tell of it."""
+    def words(self) -> list[tuple[Told, Told]]:
+        """What there is to tell of it, by each peer."""
         return [
-            Told(self.fingerprint, starts_at + late, None if ends_at is None else ends_at + late, self.labels)
-            for late in (0, PEER_SECONDS)
+            (self._told(starts_at, ends_at, 0), self._told(starts_at, ends_at, PEER_SECONDS))
             for begins, ended in self.episodes
             for starts_at, ends_at in ([(begins, None)] if ended is None else [(begins, None), (begins, ended)])
         ]
+
+    def _told(self, starts_at: int, ends_at: int | None, late: int) -> Told:
+        return Told(self.fingerprint, starts_at + late, None if ends_at is None else ends_at + late, self.labels)
 
 
 def text(seconds: int) -> str:
@@ -142,8 +144,9 @@ def histories(draw: st.DrawFn, action: st.SearchStrategy[str] = actions) -> list
 
 @st.composite
 def deliveries(draw: st.DrawFn, told: Sequence[History], *, may_lose: bool) -> list[list[Told]]:
-    """What arrives of it, in groups: in any order, some of it twice, and some of it never."""
-    words = [word for history in told for word in history.words()]
+    """What arrives of it, from either peer or both, in groups: in any order, some of it twice, and some of it never."""
+    peers = st.sampled_from([(0,), (1,), (0, 1)])  # who tells the other in time that it was sent
+    words = [word[peer] for history in told for word in history.words() for peer in draw(peers)]
     if may_lose:
         words = draw(st.lists(st.sampled_from(words), max_size=len(words), unique_by=repr))
     again = draw(st.lists(st.sampled_from(words), max_size=6)) if words else []
