@@ -283,6 +283,9 @@ async def _keep_newest(connection: Connection, told: Sequence[Alert], *, is_pull
     The moment of a word is when the alert ended, or else when it began; of two with one moment the end counts. So a
     delivery that fires and began before the known end is a late one. A pull that shows the same is not: the alert was
     missing from an earlier list, because it was silenced or the source had just started.
+
+    What it asks for is judged while it fires and kept when it ends: also an end that only says "I cannot see any more"
+    ends a pressure that was felt until then.
     """
     if not told:
         return 0
@@ -310,7 +313,10 @@ async def _keep_newest(connection: Connection, told: Sequence[Alert], *, is_pull
                                              ELSE excluded.starts_at END,
                    refreshed_at = greatest(a.refreshed_at, excluded.refreshed_at), stale_since = NULL,
                    labels = excluded.labels, annotations = excluded.annotations, values = excluded.values,
-                   action = excluded.action, step = excluded.step, ignored_reason = excluded.ignored_reason
+                   action = CASE excluded.status WHEN 'firing' THEN excluded.action ELSE a.action END,
+                   step = CASE excluded.status WHEN 'firing' THEN excluded.step ELSE a.step END,
+                   ignored_reason = CASE excluded.status WHEN 'firing' THEN excluded.ignored_reason
+                                                         ELSE a.ignored_reason END
              WHERE (greatest(excluded.starts_at, excluded.ends_at), excluded.status = 'resolved')
                    >= (greatest(a.starts_at, a.ends_at), a.status = 'resolved')
                 OR (%(is_pulled)s AND excluded.refreshed_at > a.refreshed_at)
