@@ -113,7 +113,8 @@ def run(options: argparse.Namespace, directory: Path) -> int:
         "CONTROLPLANE_SLURM__TOKEN": "not-a-jwt",
         "CONTROLPLANE_SLURM__JOB_DIRECTORY": str(directory),
     }
-    arguments = ["--rate", str(options.rate), *(["--fresh-connections"] if options.fresh_connections else [])]
+    arguments = ["--rate", str(options.rate), "--connections", str(options.connections)]
+    arguments += ["--fresh-connections"] if options.fresh_connections else []
     with PrivatePostgres(directory / "postgres") as postgres:
         url = postgres.create_database("benchmark")
         migrate(url)
@@ -155,6 +156,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--alerts", type=int, default=2000, help="different alerts")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--connections", type=int, default=512, help="that the load opens at most")
     parser.add_argument("--fresh-connections", action="store_true", help="one for each post, as Grafana does")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="controlplane-benchmark-") as name:
