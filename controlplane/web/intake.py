@@ -21,6 +21,7 @@ from datetime import datetime
 from controlplane.core.alerts import Target, judge
 from controlplane.core.types import Alert
 from controlplane.db import Database, DatabaseError, DbUnavailable, Duplicate, alerts, replica_sets
+from controlplane.db.alert_words import Arrival
 from controlplane.web.payloads import Delivery, Source, ToldAlert
 
 _MOST_AT_ONCE = 500  # deliveries in one commit
@@ -71,15 +72,18 @@ class Intake:
         return await waiting.outcome
 
     async def _write(self) -> None:
-        while self._waiting:
-            group = [self._waiting.popleft() for _ in range(min(len(self._waiting), _MOST_AT_ONCE))]
-            try:
+        group: list[_Waiting] = []
+        try:
+            while self._waiting:
+                group = [self._waiting.popleft() for _ in range(min(len(self._waiting), _MOST_AT_ONCE))]
+                self._waiting_bytes -= sum(one.parcel.size_bytes for one in group)
                 for waiting, outcome in zip(group, await self._outcomes([one.parcel for one in group]), strict=True):
                     _tell(waiting, outcome)
-            finally:
-                self._waiting_bytes -= sum(one.parcel.size_bytes for one in group)
-                for waiting in group:
-                    _tell(waiting, DbUnavailable("the control plane stops"))  # those who were not told before
+        finally:
+            for waiting in (*group, *self._waiting):  # nobody, unless this was cancelled or has a fault
+                _tell(waiting, DbUnavailable("nothing is stored any more"))
+            self._waiting.clear()
+            self._waiting_bytes = 0
 
     async def _outcomes(self, parcels: Sequence[Parcel]) -> Sequence[alerts.Stored | DatabaseError]:
         try:
@@ -112,9 +116,9 @@ def _tell(waiting: _Waiting, outcome: alerts.Stored | DatabaseError) -> None:
         waiting.outcome.set_result(outcome)
 
 
-def _arrival(parcel: Parcel, known: Mapping[str, Target]) -> alerts.Arrival:
+def _arrival(parcel: Parcel, known: Mapping[str, Target]) -> Arrival:
     told = tuple((_judged(parcel.source, one, known, parcel.at), one.payload) for one in parcel.delivery.alerts)
-    return alerts.Arrival(told, parcel.at, parcel.signature)
+    return Arrival(told, parcel.at, parcel.signature)
 
 
 def _judged(source: Source, told: ToldAlert, known: Mapping[str, Target], at: datetime) -> Alert:

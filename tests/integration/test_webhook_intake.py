@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import pytest
 
-from controlplane.db import PULL_CHANNEL, WAKE_CHANNEL, Database, DatabaseError, DatabaseOptions, alerts
+from controlplane.db import PULL_CHANNEL, WAKE_CHANNEL, Database, DatabaseError, DatabaseOptions, DbUnavailable, alerts
 from controlplane.web.intake import Intake, Overloaded, Parcel
 from controlplane.web.payloads import Source, parse
 from tests.conftest import eventually
@@ -205,3 +205,18 @@ async def test_a_resolved_of_the_grafana_that_began_earlier_ends_the_level_of_th
             await rig.post(body)
         [level] = (await rig.stored()).values()
         assert not level.is_firing
+
+
+async def test_who_waits_is_told_when_the_writer_ends(rig: Rig) -> None:
+    intake = Intake(rig.db, max_waiting=100)
+    async with rig.db.transaction() as blocker:
+        await blocker.execute("LOCK TABLE alerts IN EXCLUSIVE MODE")
+        first = asyncio.create_task(intake.store(parcel("first")))
+        await eventually(lambda: blocked(rig.db))
+        second = asyncio.create_task(intake.store(parcel("second")))
+        await asyncio.sleep(0)
+        [writer] = [task for task in asyncio.all_tasks() if task.get_name() == "intake"]
+        writer.cancel()
+        for told in await asyncio.gather(first, second, return_exceptions=True):
+            assert isinstance(told, DbUnavailable)
+    assert (await intake.store(parcel("third"))).ignored == {"not_ours": 1}
