@@ -34,6 +34,7 @@ _WATCH_SECONDS = 1.0
 _COLOURS = {
     **dict.fromkeys(("READY", "RUNNING", "yes", "serves"), "green"),
     **dict.fromkeys(("PENDING", "SUBMITTING", "QUEUED", "UNPROVEN", "DRAINING", "STOPPING", "paused"), "yellow"),
+    "stale": "yellow",
     **dict.fromkeys(("FAILING", "firing"), "red"),
     **dict.fromkeys(("ENDED", "resolved"), "dim"),
 }
@@ -269,7 +270,7 @@ VIEWS: Mapping[str, View] = {
         ("source", "org_id", "fingerprint"),
         (
             Column("alert", _field("alertname")),
-            Column("status", _field("status")),
+            Column("status", lambda one, _: "stale" if one["stale_since"] else one["status"]),
             Column("action", _field("action")),
             Column("target", _target),
             Column("since", _age("starts_at")),

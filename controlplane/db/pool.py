@@ -28,6 +28,7 @@ from psycopg_pool import AsyncConnectionPool
 from controlplane.db.errors import DatabaseError, DbUnavailable, Duplicate
 
 WAKE_CHANNEL = "controlplane_wake"
+PULL_CHANNEL = "controlplane_pull"  # wakes the pull of alerts, which no other news concerns
 ENDPOINTS_CHANNEL = "controlplane_endpoints"  # announced by the schema's triggers
 
 Connection = psycopg.AsyncConnection[DictRow]
@@ -180,6 +181,6 @@ def _said(error: Exception) -> str:
     return " ".join(str(error).split())[:256]
 
 
-async def wake(connection: Connection) -> None:
+async def wake(connection: Connection, channel: str = WAKE_CHANNEL) -> None:
     """Tell the reconciler, when this transaction commits, that there is something to do."""
-    await connection.execute("SELECT pg_notify(%s, '')", (WAKE_CHANNEL,))
+    await connection.execute("SELECT pg_notify(%s, '')", (channel,))

@@ -91,6 +91,7 @@ def alert_document(one: Alert) -> Document:
         "starts_at": _time(one.starts_at),
         "ends_at": _time(one.ends_at),
         "refreshed_at": _time(one.refreshed_at),
+        "stale_since": _time(one.stale_since),
         "action": one.action,
         "step": one.step,
         "ignored_reason": one.ignored_reason,

@@ -21,8 +21,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from controlplane.core.types import LIVE_PHASES, Phase
-from controlplane.db import Database, DatabaseError, endpoints, replica_sets, replicas, slurm_jobs
+from controlplane.db import Database, DatabaseError, alerts, endpoints, replica_sets, replicas, slurm_jobs
 from controlplane.metrics import ControlPlaneMetrics
+from controlplane.web.payloads import Source
 
 
 def routes(db: Database, metrics: ControlPlaneMetrics, clock: Callable[[], datetime]) -> list[Route]:
@@ -80,7 +81,13 @@ async def observe(db: Database, now: datetime) -> list[Metric]:
         oldest[key] = max(oldest.get(key, 0.0), _age(job.since, now))
     for (replica_set, reason), age in oldest.items():
         pending.add_metric([replica_set, reason], age)
-    return [by_phase, desired, ready, confirmed, pending]
+    stale = GaugeMetricFamily(
+        "controlplane_alerts_stale", "Firing alerts that nobody confirms any more", labels=["source"]
+    )
+    stale_by_source = await alerts.count_stale(db)
+    for source in Source:
+        stale.add_metric([source], stale_by_source.get(source, 0))
+    return [by_phase, desired, ready, confirmed, pending, stale]
 
 
 class _Joined(Collector):
