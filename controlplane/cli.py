@@ -59,7 +59,7 @@ def main() -> None:
 
 SetName = Annotated[str, typer.Argument(help="Its name.", show_default=False)]
 ReplicaName = Annotated[str, typer.Argument(help="Its name, cp-<set>-<number>.", show_default=False)]
-Reason = Annotated[str | None, typer.Option(help="Kept with the decision, for those who ask later.")]
+Reason = Annotated[str | None, typer.Option(help="Kept, for those who ask why later.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be; change nothing.")]
 
 
@@ -351,27 +351,29 @@ def _in_words(after: ReplicaSet) -> str:
 
 
 @cli.command(rich_help_panel=_REPLICAS)
-def drain(replica: ReplicaName, dry_run: DryRun = False) -> None:
+def drain(replica: ReplicaName, reason: Reason = None, dry_run: DryRun = False) -> None:
     """Give a replica no new requests, let those in flight finish, then end its job."""
-    _obey(replica, Verb.DRAIN, dry_run)
+    _obey(replica, Verb.DRAIN, reason, dry_run)
 
 
 @cli.command(rich_help_panel=_REPLICAS)
-def undrain(replica: ReplicaName, dry_run: DryRun = False) -> None:
+def undrain(replica: ReplicaName, reason: Reason = None, dry_run: DryRun = False) -> None:
     """Undo a drain, as long as the job was not asked to end."""
-    _obey(replica, Verb.UNDRAIN, dry_run)
+    _obey(replica, Verb.UNDRAIN, reason, dry_run)
 
 
 @cli.command(rich_help_panel=_REPLICAS)
-def cancel(replica: ReplicaName, dry_run: DryRun = False) -> None:
+def cancel(replica: ReplicaName, reason: Reason = None, dry_run: DryRun = False) -> None:
     """End a replica's job now; its requests in flight break off. Prefer drain."""
-    _obey(replica, Verb.CANCEL, dry_run)
+    _obey(replica, Verb.CANCEL, reason, dry_run)
 
 
-def _obey(name: str, verb: Verb, dry_run: bool) -> None:
+def _obey(name: str, verb: Verb, reason: str | None, dry_run: bool) -> None:
     from controlplane.db import replicas
 
-    obeyed = with_db(lambda db: replicas.obey(db, name, verb, actor=actor(), now=utc_now(), dry_run=dry_run))
+    obeyed = with_db(
+        lambda db: replicas.obey(db, name, verb, actor=actor(), now=utc_now(), reason=reason, dry_run=dry_run)
+    )
     nothing = "" if obeyed.is_changed else ", as before"
     typer.echo(f"{obeyed.replica.name} is {obeyed.replica.phase}{nothing}{_dry(dry_run)}")
 

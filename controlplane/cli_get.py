@@ -179,7 +179,7 @@ def _waiting(job: slurm_jobs.PendingJob) -> Document:
         "state_reason": job.state_reason or "None",
         "since": job.since.isoformat(),
         "meaning": waiting.meaning,
-        "remedy": waiting.remedy,
+        "remedy": waiting.remedy_for(job.replica_set, job.job_id),
     }
 
 

@@ -51,10 +51,11 @@ async def show(db: Database, subject: str, at: datetime | None, output: str, con
     story = await why.of(db, subject, at=at, now=utc_now())
     if output == "json":
         console.out(json.dumps(_document(story), indent=2), highlight=False)
-    elif isinstance(story, SetStory):
-        console.print(_set(story))
-    else:
-        console.print(Group(*(part for one in story for part in (_replica(one), Text("")))))
+        return
+    if at is not None:
+        console.print(Text(f"as it was at {at:%Y-%m-%d %H:%M:%S} UTC", "dim"))
+    for one in (story,) if isinstance(story, SetStory) else story:
+        console.print(_set(one) if isinstance(one, SetStory) else _replica(one))
 
 
 def _document(story: SetStory | tuple[ReplicaStory, ...]) -> object:
@@ -84,14 +85,14 @@ def _replica(story: ReplicaStory) -> RenderableType:
     ]
     if story.replaced_by is not None:
         parts.append(_said("afterwards", f"{story.replaced_by} was made in its place"))
-    return Group(*parts, Padding(table, (1, 0, 0, 2)))
+    return Group(*parts, Padding(table, (0, 0, 1, 2), expand=False))
 
 
 def _head(story: ReplicaStory, more: str = "") -> Text:
     phase, job = story.newest.to_phase, story.job
     head = Text.assemble((story.name, "bold"), " ", more, " " if more else "")
     head.append(str(phase), _PHASE_STYLES.get(phase, "yellow"))
-    head.append(f" since {_clock(story.newest.at, story.at)}")
+    head.append(f" since {_clock(story.newest.at, story.at)} UTC")
     if story.slurm_job_id is not None:
         head.append(f", job {story.slurm_job_id}")
     if job is not None:
@@ -103,8 +104,8 @@ def _head(story: ReplicaStory, more: str = "") -> Text:
 
 def _advice(story: ReplicaStory) -> Iterable[Text]:
     if (waits := pending(story)) is not None:
-        yield _said("waits since", f"{_clock(waits.since, story.at)}; Slurm says {waits.state_reason}")
-        yield _said("what to do", waits.waiting.remedy.replace("SET", story.replica_set))
+        yield _said("waits since", _clock(waits.since, story.at))
+        yield _said("what to do", waits.remedy)
 
 
 # --- one replica set -------------------------------------------------------------------------------------
@@ -118,8 +119,6 @@ def _set(story: SetStory) -> Tree:
         head.append(f", bounds {story.bounds[0]} to {story.bounds[1]}")
     if story.is_paused:
         head.append(", paused", "yellow")
-    if not story.is_now:
-        head.append(f", as at {story.at.isoformat()}", "dim")
     tree = Tree(head, guide_style="dim")
     _decision(tree, "as many because", wanted_because(story), story.changed, story.at)
     if story.decision is not None and story.decision != story.changed:
@@ -151,9 +150,9 @@ def _decision(tree: Tree, title: str, words: str, decision: RecordedDecision | N
 
 def _alerts(tree: Tree, story: SetStory) -> None:
     if not story.alerts:
-        tree.add(Text("no alert fired" if not story.is_now else "no alert fires"))
+        tree.add(Text("no alert fires" if story.is_now else "no alert fired"))
         return
-    branch = tree.add(Text("alerts that fired" if not story.is_now else "alerts that fire", "yellow"))
+    branch = tree.add(Text("alerts that fire" if story.is_now else "alerts that fired", "yellow"))
     for alert in story.alerts:
         presses = "presses" if story.pressed(alert) else "does not press"
         branch.add(Text(_printable(f"{_clock(alert.starts_at, story.at)}  {presses}: {alert_words(alert)}")))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
-from controlplane.core.pending import Waiting, explain
+from controlplane.core.pending import explain
 from controlplane.core.stories import AlertThen, HealthStep, JobStep, RecordedDecision, ReplicaStory, SetStory, Step
 from controlplane.core.types import JobState, Phase
 
@@ -44,7 +44,8 @@ class Pending:
 
     state_reason: str
     since: datetime
-    waiting: Waiting
+    meaning: str
+    remedy: str
 
 
 # --- one replica -----------------------------------------------------------------------------------------
@@ -54,8 +55,8 @@ def made_because(story: ReplicaStory) -> str:
     """Why the replica was made."""
     if story.replaces is not None:
         why = f", which left {story.replaced_left}" if story.replaced_left is not None else ""
-        return f"made in the place of {story.replaces}{why}"
-    return NOTHING_KEPT if story.decision is None else f"made for {decision_words(story.decision)}"
+        return f"it takes the place of {story.replaces}{why}"
+    return NOTHING_KEPT if story.decision is None else decision_words(story.decision)
 
 
 def is_so_because(story: ReplicaStory) -> str:
@@ -68,7 +69,7 @@ def is_so_because(story: ReplicaStory) -> str:
         case Phase.SUBMITTING:
             return "the answer to its submit is not known yet"
         case Phase.QUEUED if waits is not None:
-            return f"Slurm lets job {story.slurm_job_id} wait, {waits.state_reason}: {waits.waiting.meaning}"
+            return f"Slurm lets job {story.slurm_job_id} wait, {waits.state_reason}: {waits.meaning}"
         case Phase.QUEUED:
             return f"job {story.slurm_job_id} has not started yet"
         case Phase.RUNNING:
@@ -102,12 +103,14 @@ def pending(story: ReplicaStory) -> Pending | None:
         if one.state is not JobState.PENDING:
             break
         since = one.at
-    return Pending(job.state_reason or "None", since, explain(job.state_reason))
+    waiting = explain(job.state_reason)
+    remedy = waiting.remedy_for(story.replica_set, job.job_id)
+    return Pending(job.state_reason or "None", since, waiting.meaning, remedy)
 
 
 def timeline(story: ReplicaStory) -> tuple[Event, ...]:
     """The chain: alert, decision, replica, job, endpoint, drain, end; by time."""
-    events = [*_causes(story), *map(_step_event, story.steps), *map(_job_event, story.jobs)]
+    events = [*_causes(story), _birth(story), *map(_step_event, story.steps[1:]), *map(_job_event, story.jobs)]
     events += [Event(one.at, Kind.ENDPOINT, _health_words(one)) for one in story.health]
     return tuple(sorted(events, key=lambda event: (event.at, _ORDER.index(event.kind))))
 
@@ -120,6 +123,11 @@ def _causes(story: ReplicaStory) -> Iterator[Event]:
     for refused in story.refused:
         yield Event(refused.at, Kind.REFUSED, f"because {refused.reason}: {refused.explanation}", refused.actor)
     yield Event(story.decision.at, Kind.DECISION, decision_words(story.decision), story.decision.actor)
+
+
+def _birth(story: ReplicaStory) -> Event:
+    place = f" in the place of {story.replaces}" if story.replaces is not None else ""
+    return Event(story.steps[0].at, Kind.REPLICA, f"{story.name} made{place}", story.steps[0].actor)
 
 
 def _step_event(step: Step) -> Event:

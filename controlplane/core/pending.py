@@ -13,7 +13,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """One reason: `code` as Slurm says it, or the beginning that a family shares, with a star."""
+    """One reason: `code` as Slurm says it, or the beginning that a family shares, with a star.
+
+    In `remedy`, SET and JOBID stand for what it is about.
+    """
 
     code: str
     meaning: str
@@ -23,15 +26,18 @@ class Waiting:
     def is_family(self) -> bool:
         return self.code.endswith("*")
 
+    def remedy_for(self, replica_set: str, job_id: int) -> str:
+        return self.remedy.replace("SET", replica_set).replace("JOBID", str(job_id))
 
-_WAIT = "Wait, or want fewer: `controlplane scale SET --replicas N`."
+
+_WAIT = "Wait, or want fewer with `controlplane scale SET`."
 _LIMIT = "Wait until its jobs end, or ask an administrator to raise the limit (`sacctmgr show assoc`)."
 _QOS_LIMIT = "Wait until its jobs end, or ask an administrator to raise the limit (`sacctmgr show qos`)."
 _ADMIN = "Ask an administrator; the replica waits and starts by itself."
 _SPEC = "Correct the set's `slurm` section and apply it; replicas of the old spec are replaced."
 _AUTOMATIC = "Nothing: it passes by itself."
 _RELEASE = "Look for `release of ... failed` in the log; each round of the control plane tries again."
-_END = "Cancel the replica: it is replaced. Then look at why with `scontrol show job JOBID`."
+_END = "Look at `scontrol show job JOBID`, then cancel the replica: it is replaced."
 
 WAITING = (
     Waiting("None", "Slurm has not looked at the job yet.", _AUTOMATIC),

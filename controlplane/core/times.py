@@ -33,9 +33,9 @@ _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 def parse_moment(text: str, now: datetime) -> datetime:
     """A moment of the past, as people write it: ISO 8601 with its zone, or how long ago. Raises ValueError."""
-    if match := _AGO.fullmatch(text):
-        return now - timedelta(**{_UNITS[match[2]]: int(match[1])})
     try:
+        if match := _AGO.fullmatch(text):
+            return now - timedelta(**{_UNITS[match[2]]: int(match[1])})
         time = datetime.fromisoformat(text)
         moment = time.astimezone(UTC) if time.tzinfo is not None else None
     except (ValueError, OverflowError):

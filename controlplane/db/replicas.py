@@ -188,14 +188,23 @@ async def move(db: Database, step: Move, *, actor: str, now: datetime) -> Replic
     return _replica(row)
 
 
-async def obey(db: Database, name: str, verb: Verb, *, actor: str, now: datetime, dry_run: bool = False) -> Obeyed:
+async def obey(
+    db: Database,
+    name: str,
+    verb: Verb,
+    *,
+    actor: str,
+    now: datetime,
+    reason: str | None = None,
+    dry_run: bool = False,
+) -> Obeyed:
     """Do what an operator said to one replica, and wake the reconciler. May be repeated.
 
     Raises NotFound, VerbRefused; Stale when the replica moved on at every attempt.
     """
     for _ in range(_VERB_ATTEMPTS):
         replica = await load(db, name)
-        step = interpret(verb, replica, actor=actor, now=now)
+        step = interpret(verb, replica, actor=actor, now=now, reason=reason)
         if step is None:
             return Obeyed(replica, is_changed=False)
         if dry_run:

@@ -16,6 +16,7 @@ class PendingJob:
 
     replica: str
     replica_set: str
+    job_id: int
     state_reason: str
     since: datetime
 
@@ -60,7 +61,7 @@ async def record(db: Database, seen: Iterable[tuple[int, SlurmJob]], now: dateti
 async def load_pending(db: Database) -> list[PendingJob]:
     async with db.connection() as connection:
         cursor = await connection.execute(
-            "SELECT r.name AS replica, r.replica_set, j.state_reason, "
+            "SELECT r.name AS replica, r.replica_set, j.job_id, j.state_reason, "
             "coalesce(j.submitted_at, r.submitted_at, r.created_at) AS since "
             "FROM slurm_jobs j JOIN replicas r ON r.id = j.replica_id AND r.slurm_job_id = j.job_id "
             "WHERE r.phase <> 'ENDED' AND j.state = 'PENDING' ORDER BY r.id"

@@ -80,6 +80,10 @@ class PauseBody(_Body):
     until: Annotated[datetime, BeforeValidator(_utc)] | None = None
 
 
+class ReasonBody(_Body):
+    reason: Text | None = None
+
+
 class EmptyBody(_Body):
     pass
 
@@ -226,9 +230,9 @@ class _ReplicaSetVerbs:
 
 def _replica_verb(db: Database, word: Verb) -> Answer:
     async def answer(order: Order) -> documents.Document:
-        _read(order, EmptyBody)
+        name, reason = _checked_name(order.name), _read(order, ReasonBody).reason
         obeyed = await replicas.obey(
-            db, _checked_name(order.name), word, actor=order.actor, now=order.now, dry_run=order.is_dry_run
+            db, name, word, actor=order.actor, now=order.now, reason=reason, dry_run=order.is_dry_run
         )
         return {
             "changed": obeyed.is_changed,

@@ -78,13 +78,7 @@ def replica_story_document(story: ReplicaStory) -> Document:
         "endpoint_health": story.health[-1].health if story.health else None,
         "made_because": made_because(story),
         "is_so_because": is_so_because(story),
-        "pending": waits
-        and {
-            "state_reason": waits.state_reason,
-            "since": waits.since.isoformat(),
-            "meaning": waits.waiting.meaning,
-            "remedy": waits.waiting.remedy,
-        },
+        "pending": {**asdict(waits), "since": waits.since.isoformat()} if waits is not None else None,
         "decision": _decision(story.decision),
         "refused": [_decision(one) for one in story.refused],
         "replaces": story.replaces,

@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import psycopg
 import pytest
@@ -14,17 +13,12 @@ import pytest
 from controlplane.core.explaining import Kind, is_so_because, made_because, pending, timeline
 from controlplane.core.stories import ReplicaStory, SetStory
 from controlplane.core.types import (
-    Alert,
-    AlertAction,
-    Decision,
     DecisionReason,
-    Health,
     JobState,
     Move,
     Phase,
     Reason,
     Replica,
-    SlurmJob,
 )
 from controlplane.core.verbs import Verb
 from controlplane.db import (
@@ -33,7 +27,6 @@ from controlplane.db import (
     alerts,
     audit,
     decisions,
-    endpoints,
     keys,
     migrate,
     replica_sets,
@@ -43,31 +36,9 @@ from controlplane.db import (
 )
 from controlplane.db import migrate as migrating
 from controlplane.demo.postgres import PrivatePostgres
-from tests.integration.db_rows import NOW, make_replica, make_set, opened, slurm_spec, to
+from tests.integration.db_rows import NOW, make_replica, make_set, opened, slurm_spec
+from tests.integration.lives import PAYLOAD, SECRET, after, crashed, decided, fires, job, made, walked, whole_life
 from tests.integration.web_rig import WebRig
-
-PAYLOAD = {
-    "labels": {"alertname": "Requests queue", "action": "scale_up", "model": "m"},
-    "annotations": {"summary": "m: 22 requests wait"},
-    "values": {"A": 22, "B": None},
-    "generatorURL": "http://grafana.example/alerting/grafana/queue-rule/view?orgId=1",
-    "silenceURL": "http://grafana.example/alerting/silence/new",
-}
-QUEUE = Alert(
-    source="grafana",
-    org_id=1,
-    fingerprint="f1",
-    alertname="Requests queue",
-    is_firing=True,
-    starts_at=NOW,
-    ends_at=None,
-    refreshed_at=NOW,
-    labels=PAYLOAD["labels"],  # type: ignore[arg-type]
-    annotations=PAYLOAD["annotations"],  # type: ignore[arg-type]
-    values={"A": 22.0},
-    action=AlertAction.SCALE_UP,
-)
-SECRET = "x" * 32
 
 
 @pytest.fixture
@@ -76,69 +47,6 @@ async def db(shared_url: str) -> AsyncIterator[Database]:
         async with db.connection() as connection:
             await connection.execute("TRUNCATE alerts, alert_deliveries, replica_sets, audit, api_keys CASCADE")
         yield db
-
-
-def after(seconds: float) -> datetime:
-    return NOW + timedelta(seconds=seconds)
-
-
-async def fires(db: Database, at: datetime, **changes: Any) -> Alert:
-    alert = replace(QUEUE, refreshed_at=at, **changes)
-    await alerts.store(db, [(alert, PAYLOAD)], now=at)
-    return alert
-
-
-async def decided(
-    db: Database, at: datetime, reason: DecisionReason, previous: int, desired: int, *alerts: Alert
-) -> None:
-    keys_of = tuple(alert.key for alert in alerts)
-    decision = Decision("a", desired, previous, reason, f"{reason} for a test", keys_of)
-    await replica_sets.decide(db, decision, actor="reconciler", now=at)
-
-
-async def made(db: Database, at: datetime, port: int) -> Replica:
-    replica_set = await replica_sets.load(db, "a")
-    return await replicas.create(db, replica_set, port=port, secret=SECRET, actor="reconciler", now=at)
-
-
-async def walked(db: Database, replica: Replica, *steps: Move | Phase, at: datetime) -> Replica:
-    for number, step in enumerate(steps):
-        move = replace(step, replica=replica) if isinstance(step, Move) else to(replica, step)
-        replica = await replicas.move(db, move, actor="reconciler", now=at + timedelta(seconds=number))
-    return replica
-
-
-def job(replica: Replica, state: JobState, **changes: Any) -> SlurmJob:
-    assert replica.slurm_job_id is not None
-    return SlurmJob(replica.slurm_job_id, replica.name, "llm", state, raw_state=str(state), **changes)
-
-
-def crashed(replica: Replica) -> Move:
-    return Move(replica, Phase.ENDED, Reason.CRASHED, "job ended FAILED, exit code 1")
-
-
-async def whole_life(db: Database) -> Replica:
-    """An alert, a refusal, a decision, a replica that waits, runs, serves, drains and ends."""
-    await make_set(db)
-    alert = await fires(db, after(1))
-    await decided(db, after(2), DecisionReason.COOLDOWN, 0, 0, alert)
-    await decided(db, after(5), DecisionReason.SCALED_UP, 0, 1, alert)
-    replica = await made(db, after(5), 20001)
-    replica = await walked(db, replica, Phase.SUBMITTING, Phase.QUEUED, at=after(6))
-    await slurm_jobs.record(db, [(replica.id, job(replica, JobState.PENDING, is_held=True))], after(8))
-    waiting = job(replica, JobState.PENDING, state_reason="Priority")
-    await slurm_jobs.record(db, [(replica.id, waiting)], after(10))
-    await slurm_jobs.record(db, [(replica.id, waiting)], after(15))
-    replica = await walked(db, replica, Phase.RUNNING, at=after(20))
-    await slurm_jobs.record(db, [(replica.id, job(replica, JobState.RUNNING, nodes="n1"))], after(20))
-    await endpoints.ensure(db, replica, "http://n1:20001")
-    [seen] = await endpoints.load_live(db)
-    ready = replace(seen, health=Health.READY, probed_at=after(30), confirmed_at=after(30), first_ready_at=after(30))
-    await endpoints.save(db, ready, seen=seen)
-    await endpoints.save(db, replace(ready, probed_at=after(35)), seen=seen)
-    await fires(db, after(40), is_firing=False, ends_at=after(39))
-    await decided(db, after(50), DecisionReason.SCALED_DOWN, 1, 0)
-    return await walked(db, replica, Phase.DRAINING, Phase.STOPPING, Phase.ENDED, at=after(50))
 
 
 async def story_of(db: Database, replica: Replica, at: datetime | None = None) -> ReplicaStory:
@@ -170,7 +78,7 @@ async def test_the_chain_leads_from_the_alert_to_the_end(db: Database) -> None:
     ]
     assert [one.health for one in story.health] == ["UNPROVEN", "READY"]
     assert (story.health[1].at, story.health[1].url) == (after(30), "http://n1:20001")
-    assert made_because(story) == "made for SCALED_UP, 0 -> 1: SCALED_UP for a test"
+    assert made_because(story) == "SCALED_UP, 0 -> 1: SCALED_UP for a test"
     assert is_so_because(story) == "ended SCALED_DOWN"
     assert {event.actor for event in told if event.actor} == {"reconciler"}
 
@@ -276,7 +184,7 @@ async def test_what_crashed_is_replaced_and_inherits_its_cause(db: Database) -> 
     await walked(db, first, crashed(first), at=after(4))
     third = await made(db, after(5), 1027)
     assert await origin(db, third) == ("OPERATOR", first.name)
-    assert made_because(await story_of(db, third)) == f"made in the place of {first.name}, which left CRASHED"
+    assert made_because(await story_of(db, third)) == f"it takes the place of {first.name}, which left CRASHED"
     assert (await story_of(db, first)).replaced_by == third.name
     assert (await story_of(db, first, after(4))).replaced_by is None
     await walked(db, third, crashed(third), at=after(6))
@@ -451,9 +359,9 @@ async def test_whoever_says_anything_is_in_the_audit(db: Database) -> None:
     assert words[1] == "scaled by ann: 2 wanted, bounds 0 to 3 (exam week)"
     assert words[2] == "paused by ann (repair)"
     assert words[4:7] == [
-        "drain by ann: RUNNING -> DRAINING",
-        "undrain by ann: DRAINING -> RUNNING",
-        "cancel by ann: RUNNING -> STOPPING",
+        "drain by ann (a noise): RUNNING -> DRAINING",
+        "undrain by ann (a noise): DRAINING -> RUNNING",
+        "cancel by ann (a noise): RUNNING -> STOPPING",
     ]
     assert words[7].endswith("... made for lab: m")
     assert words[8].endswith("... of lab revoked")
@@ -472,7 +380,7 @@ async def whole_audit(db: Database, replica: Replica) -> None:
         await replica_sets.resume(db, "a", actor="ann", now=after(4))
     for number, verb in enumerate((Verb.DRAIN, Verb.UNDRAIN, Verb.CANCEL)):
         for _ in range(2):
-            await replicas.obey(db, replica.name, verb, actor="ann", now=after(5 + number))
+            await replicas.obey(db, replica.name, verb, actor="ann", now=after(5 + number), reason="a noise")
     _, key = await keys.create(db, "lab", models=["m"], expires_at=None, actor="ann", now=after(9))
     for _ in range(2):
         await keys.revoke(db, key.prefix, after(10), actor="ann")
