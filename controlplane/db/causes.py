@@ -18,16 +18,19 @@ ALERT = """jsonb_build_object(
     'starts_at', a.starts_at,
     'summary', left(a.annotations->>'summary', 512),
     'labels', a.labels,
-    'values', CASE WHEN a.values <> '{}' THEN a.values ELSE d.payload->'values' END, -- a pull brings none
+    'values', CASE WHEN a.values <> '{}' THEN a.values -- a pull brings none
+                   WHEN d.starts_at = a.starts_at THEN d.payload->'values' END,
     'rule_uid', coalesce(d.payload->>'ruleUID',
                          substring(d.payload->>'generatorURL' from '/alerting/grafana/([^/?]+)')),
     'generator_url', left(d.payload->>'generatorURL', 1024),
     'ignored_reason', a.ignored_reason)"""
-"""The document of an alert `a` that was told of by the delivery `d`, if by any; `alert_then` reads it."""
+"""The document of an alert `a`, whose rule the delivery `d` told of, if any did; `alert_then` reads it."""
 
-DELIVERY = """LEFT JOIN alert_deliveries d
-       ON (d.source, d.org_id, d.fingerprint, d.starts_at, d.status)
-        = (a.source, a.org_id, a.fingerprint, a.starts_at, 'firing')"""
+DELIVERY = """LEFT JOIN LATERAL (
+           SELECT payload, starts_at FROM alert_deliveries
+            WHERE (source, org_id, fingerprint, status) = (a.source, a.org_id, a.fingerprint, 'firing')
+              AND starts_at <= a.starts_at
+            ORDER BY starts_at DESC LIMIT 1) d ON true"""
 
 EVIDENCE = f"""
     SELECT coalesce(jsonb_agg({ALERT} ORDER BY a.alertname, a.fingerprint), '[]')
@@ -36,12 +39,18 @@ EVIDENCE = f"""
 """The evidence of a decision; its one parameter is the list of the keys of its alerts."""
 
 CAUSE = """
-    wanted AS ( -- who changed the count last, or said anything: an operator may ask for what was desired already
+    lowered AS (
+        SELECT id, at FROM decisions WHERE replica_set = %(set)s AND desired < previous ORDER BY id DESC LIMIT 1
+    ), raised AS ( -- the count, and not all replicas were made that it was raised for
+        SELECT d.id FROM decisions d
+         WHERE d.replica_set = %(set)s AND d.desired > d.previous AND d.id > coalesce((SELECT id FROM lowered), 0)
+           AND (SELECT count(*) FROM replicas r WHERE r.decision_id = d.id AND r.replaces IS NULL)
+               < d.desired - d.previous
+         ORDER BY d.id LIMIT 1
+    ), said AS ( -- an operator asks with a spec, or by resuming a set, for what was desired already
         SELECT id FROM decisions
          WHERE replica_set = %(set)s AND (desired <> previous OR actor <> 'reconciler')
          ORDER BY id DESC LIMIT 1
-    ), lowered AS (
-        SELECT at FROM decisions WHERE replica_set = %(set)s AND desired < previous ORDER BY id DESC LIMIT 1
     ), gone AS ( -- the newest that left unplanned, whose place was neither given up nor taken
         SELECT r.name, r.decision_id
           FROM replicas r
@@ -55,7 +64,7 @@ CAUSE = """
            AND NOT EXISTS (SELECT FROM replicas taker WHERE taker.replaces = r.name)
          ORDER BY left_existence.at DESC, r.id DESC LIMIT 1
     ), cause AS (
-        SELECT coalesce((SELECT decision_id FROM gone), (SELECT id FROM wanted)) AS decision_id,
+        SELECT coalesce((SELECT decision_id FROM gone), (SELECT id FROM raised), (SELECT id FROM said)) AS decision_id,
                (SELECT name FROM gone) AS replaces
     )"""
 """What the next replica of a set is made for: `cause`, of one row. Parameters: set, existing (phases), now."""

@@ -46,7 +46,7 @@ _EPISODES = """
     SELECT f.source, f.org_id, f.fingerprint, coalesce(f.payload->'labels'->>'alertname', ''),
            f.payload->'labels'->>'action', f.starts_at, coalesce(nullif(f.payload->'annotations', 'null'), '{}'),
            coalesce(nullif(f.payload->'labels', 'null'), '{}'), '{}', NULL,
-           f.first_received_at, coalesce(ended.first_received_at, a.starts_at)
+           f.first_received_at, least(ended.first_received_at, a.starts_at)
       FROM alert_deliveries f
       JOIN alerts a ON (a.source, a.org_id, a.fingerprint) = (f.source, f.org_id, f.fingerprint)
                    AND f.starts_at < a.starts_at
@@ -286,13 +286,15 @@ async def _alerts(connection: Connection, name: str, model: str, at: datetime | 
     """What fired then and names the set, its model or one of its replicas; oldest first."""
     cursor = await connection.execute(
         f"""
-        SELECT {ALERT} AS alert FROM ({_EPISODES}) a {DELIVERY}
+        SELECT DISTINCT ON (a.source, a.org_id, a.fingerprint) {ALERT} AS alert
+          FROM ({_EPISODES}) a {DELIVERY}
          WHERE a.known_from <= {_AT} AND (a.known_until IS NULL OR a.known_until > {_AT})
            AND CASE WHEN coalesce(a.labels->>'replica_set', '') <> '' THEN a.labels->>'replica_set' = %(set)s
                     ELSE a.labels->>'model' = %(model)s
                          OR regexp_replace(a.labels->>'replica', '-[0-9]+$', '') = 'cp-' || %(set)s END
-         ORDER BY a.starts_at, a.fingerprint
+         ORDER BY a.source, a.org_id, a.fingerprint, a.starts_at DESC
         """,
         {"set": name, "model": model, "at": at},
     )
-    return tuple(alert_then(row["alert"]) for row in await cursor.fetchall())
+    fired = [alert_then(row["alert"]) for row in await cursor.fetchall()]
+    return tuple(sorted(fired, key=lambda alert: (alert.starts_at, alert.key)))

@@ -193,6 +193,21 @@ async def test_what_crashed_is_replaced_and_inherits_its_cause(db: Database) -> 
     assert replaced == [("SCALED_UP", second.name), ("OPERATOR", third.name)], "each place is taken once"
 
 
+async def test_each_raise_gets_its_replicas_and_an_operators_word_the_others(db: Database) -> None:
+    await make_set(db)
+    alert = await fires(db, after(1))
+    await decided(db, after(1), DecisionReason.SCALED_UP, 0, 2, alert)
+    await replica_sets.scale(db, "a", replicas=3, actor="ann", now=after(2))
+    await replica_sets.apply(db, slurm_spec(priority=7), actor="ann", now=after(3))
+    origins = [await origin(db, await made(db, after(4 + n), 1025 + n)) for n in range(3)]
+    assert origins == [("SCALED_UP", None), ("SCALED_UP", None), ("OPERATOR", None)]
+    changed = slurm_spec(priority=7, model="n")
+    await replica_sets.apply(db, changed, actor="ann", now=after(9))
+    rolled = (await story_of(db, await made(db, after(10), 1030))).decision
+    assert rolled is not None
+    assert rolled.explanation == "spec changed by ann: between 0 and 4 replicas"
+
+
 async def test_what_left_as_planned_is_replaced_by_nobody(db: Database) -> None:
     replica_set = await make_set(db, min_replicas=1)
     first = await made(db, after(1), 1025)
@@ -268,6 +283,15 @@ async def test_an_alert_that_fired_twice_is_known_of_both_times(db: Database) ->
     firing = [bool((await set_story(db, after(seconds))).alerts) for seconds in (5, 9, 15, 25, 35, 45)]
     assert firing == [False, False, True, False, True, False]
     assert (await set_story(db)).alerts == ()
+
+
+async def test_one_alert_that_two_senders_began_apart_is_told_once(db: Database) -> None:
+    await make_set(db)
+    for begun in (8, 9):
+        await fires(db, after(10), starts_at=after(begun))
+    [alert] = (await set_story(db, after(12))).alerts
+    assert alert.starts_at == after(9)
+    assert alert.rule_uid == "queue-rule"
 
 
 @pytest.mark.parametrize(
