@@ -20,6 +20,7 @@ from controlplane.clock import utc_now
 from controlplane.core.explaining import (
     Kind,
     alert_words,
+    health_words,
     is_so_because,
     made_because,
     pending,
@@ -129,9 +130,13 @@ def _set(story: SetStory) -> Tree:
         for one in earlier:
             branch.add(Text(_printable(f"{_clock(one.at, story.at)}  because {one.reason}: {one.explanation}")))
     _alerts(tree, story)
-    branch = tree.add(Text("replicas" if story.replicas else "no replicas", "bold"))
-    for replica in story.replicas:
-        _leaf(branch, replica)
+    for endpoint in story.endpoints:
+        line = Text(f"fixed endpoint {_printable(health_words(endpoint))}")
+        tree.add(line.append(f"  since {_clock(endpoint.at, story.at)}", "dim"))
+    if story.replicas or not story.endpoints:
+        branch = tree.add(Text("replicas" if story.replicas else "no replicas", "bold"))
+        for replica in story.replicas:
+            _leaf(branch, replica)
     if story.ended:
         branch = tree.add(Text("ended last", "dim"))
         for replica in story.ended:

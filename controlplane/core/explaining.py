@@ -111,7 +111,7 @@ def pending(story: ReplicaStory) -> Pending | None:
 def timeline(story: ReplicaStory) -> tuple[Event, ...]:
     """The chain: alert, decision, replica, job, endpoint, drain, end; by time."""
     events = [*_causes(story), _birth(story), *map(_step_event, story.steps[1:]), *map(_job_event, story.jobs)]
-    events += [Event(one.at, Kind.ENDPOINT, _health_words(one)) for one in story.health]
+    events += [Event(one.at, Kind.ENDPOINT, health_words(one)) for one in story.health]
     return tuple(sorted(events, key=lambda event: (event.at, _ORDER.index(event.kind))))
 
 
@@ -153,7 +153,7 @@ def _job_event(job: JobStep) -> Event:
     return Event(job.at, Kind.JOB, words if job.state_reason in ("", "None") else f"{words}: {job.state_reason}")
 
 
-def _health_words(one: HealthStep) -> str:
+def health_words(one: HealthStep) -> str:
     return f"{one.health} at {one.url}" + (f": {one.message}" if one.message else "")
 
 

@@ -136,6 +136,7 @@ class SetStory:
     refused: tuple[RecordedDecision, ...] = ()  # since then
     alerts: tuple[AlertThen, ...] = ()  # that fired
     replicas: tuple[ReplicaStory, ...] = ()  # that had not ended
+    endpoints: tuple[HealthStep, ...] = ()  # fixed ones, which Slurm does not run: what was found newest at each
     ended: tuple[ReplicaStory, ...] = ()  # the newest of those that had, newest first
 
     def pressed(self, alert: AlertThen) -> bool:

@@ -113,6 +113,7 @@ async def of_set(db: Database, name: str, *, at: datetime | None, now: datetime)
             refused=await _refusals(connection, name, after=changed, before=None, at=at),
             alerts=await _alerts(connection, name, row["model"], at),
             replicas=await _stories(connection, live, at, now),
+            endpoints=await _fixed_endpoints(connection, name, at),
             ended=await _stories(connection, ended, at, now),
         )
 
@@ -207,6 +208,16 @@ async def _stories(
             )
         )
     return tuple(stories)
+
+
+async def _fixed_endpoints(connection: Connection, name: str, at: datetime | None) -> tuple[HealthStep, ...]:
+    cursor = await connection.execute(
+        "SELECT DISTINCT ON (e.id) h.at, h.health, h.url, h.message "
+        "FROM endpoints e JOIN endpoint_history h ON h.endpoint_id = e.id "
+        f"WHERE e.replica_set = %(set)s AND e.replica_id IS NULL AND h.at <= {_AT} ORDER BY e.id, h.id DESC",
+        {"set": name, "at": at},
+    )
+    return tuple(HealthStep(**row) for row in await cursor.fetchall())
 
 
 async def _by_replica(

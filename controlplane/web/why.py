@@ -59,6 +59,7 @@ def set_story_document(story: SetStory) -> Document:
         "refused": [_decision(one) for one in story.refused],
         "alerts": [{**_alert(one), "pressed": story.pressed(one)} for one in story.alerts],
         "replicas": [replica_story_document(one) for one in story.replicas],
+        "endpoints": [_timed(asdict(one)) for one in story.endpoints],
         "ended": [replica_story_document(one) for one in story.ended],
     }
 

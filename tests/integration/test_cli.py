@@ -386,6 +386,14 @@ def test_why_tells_of_a_set_now_and_then(run: Callable[..., Result], database_ur
     assert json.loads(run("why", "a", "-o", "json").output)["desired_replicas"] == 0
 
 
+def test_why_of_a_set_with_fixed_endpoints_tells_how_they_are(run: Callable[..., Result]) -> None:
+    assert apply(run).exit_code == 0
+    told = run("why", "office-box").output
+    assert "fixed endpoint UNPROVEN at http://127.0.0.1:9" in told
+    assert "no replicas" not in told
+    assert "topsecret" not in told + run("why", "office-box", "-o", "json").output
+
+
 def test_what_others_wrote_does_not_steer_the_terminal(run: Callable[..., Result], database_url: str) -> None:
     async def world(db: Database) -> None:
         await make_set(db, "a")
