@@ -112,6 +112,7 @@ def timeline(story: ReplicaStory) -> tuple[Event, ...]:
     """The chain: alert, decision, replica, job, endpoint, drain, end; by time."""
     events = [*_causes(story), _birth(story), *map(_step_event, story.steps[1:]), *map(_job_event, story.jobs)]
     events += [Event(one.at, Kind.ENDPOINT, health_words(one)) for one in story.health]
+    events += [Event(one.starts_at, Kind.ALERT, alert_words(one)) for one in story.named_by]
     return tuple(sorted(events, key=lambda event: (event.at, _ORDER.index(event.kind))))
 
 

@@ -102,6 +102,7 @@ class ReplicaStory:
     replaces: str | None = None  # the replica that it was made in the place of
     replaced_left: Reason | None = None  # why that one left
     replaced_by: str | None = None
+    named_by: tuple[AlertThen, ...] = ()  # alerts that asked to replace it
     jobs: tuple[JobStep, ...] = ()
     health: tuple[HealthStep, ...] = ()
 
@@ -117,8 +118,7 @@ class ReplicaStory:
 
     @property
     def slurm_job_id(self) -> int | None:
-        known = [step.slurm_job_id for step in self.steps if step.slurm_job_id is not None]
-        return known[-1] if known else None
+        return self.newest.slurm_job_id
 
 
 @dataclass(frozen=True, slots=True)

@@ -187,6 +187,7 @@ async def _stories(
         f"SELECT replaces, name FROM replicas WHERE replaces = ANY (%(names)s) AND created_at <= {_AT}", given
     )
     takers = {row["replaces"]: row["name"] for row in await cursor.fetchall()}
+    named_by = await _named_by(connection, given)
     left = await _why_they_left(connection, [row["replaces"] for row in rows if row["replaces"] is not None])
     origins = await _origins(connection, {row["decision_id"] for row in rows} - {None})
     stories = []
@@ -203,6 +204,7 @@ async def _stories(
                 replaces=row["replaces"],
                 replaced_left=left.get(row["replaces"]),
                 replaced_by=takers.get(row["name"]),
+                named_by=tuple(named_by[row["name"]]),
                 jobs=tuple(JobStep(**{**one, "state": JobState(one["state"])}) for one in jobs[row["id"]]),
                 health=tuple(HealthStep(**one) for one in health[row["id"]]),
             )
@@ -226,6 +228,22 @@ async def _by_replica(
     found: defaultdict[int, list[dict[str, Any]]] = defaultdict(list)
     for row in await (await connection.execute(query, given)).fetchall():
         found[row.pop("replica_id")].append(row)
+    return found
+
+
+async def _named_by(connection: Connection, given: Mapping[str, Any]) -> defaultdict[str, list[AlertThen]]:
+    """Every time that an alert asked to replace one of the replicas, by the replica's name."""
+    cursor = await connection.execute(
+        f"""
+        SELECT a.labels->>'replica' AS replica, {ALERT} AS alert FROM ({_EPISODES}) a {DELIVERY}
+         WHERE a.action = 'replace' AND a.labels->>'replica' = ANY (%(names)s) AND a.known_from <= {_AT}
+         ORDER BY a.starts_at, a.fingerprint
+        """,
+        given,
+    )
+    found: defaultdict[str, list[AlertThen]] = defaultdict(list)
+    for row in await cursor.fetchall():
+        found[row["replica"]].append(alert_then(row["alert"]))
     return found
 
 

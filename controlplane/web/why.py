@@ -84,6 +84,7 @@ def replica_story_document(story: ReplicaStory) -> Document:
         "refused": [_decision(one) for one in story.refused],
         "replaces": story.replaces,
         "replaced_by": story.replaced_by,
+        "named_by": [_alert(one) for one in story.named_by],
         "steps": [_timed(asdict(one)) for one in story.steps],
         "slurm_jobs": [_timed(asdict(one)) for one in story.jobs],
         "endpoint": [_timed(asdict(one)) for one in story.health],

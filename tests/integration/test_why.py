@@ -13,6 +13,7 @@ import pytest
 from controlplane.core.explaining import Kind, is_so_because, made_because, pending, timeline
 from controlplane.core.stories import ReplicaStory, SetStory
 from controlplane.core.types import (
+    AlertAction,
     DecisionReason,
     JobState,
     Move,
@@ -129,6 +130,21 @@ async def test_a_moment_before_the_replica_is_refused(db: Database) -> None:
         await story_of(db, replica, after(4))
     with pytest.raises(NotFound, match="there is no replica 'cp-a-0'"):
         await why.of_replica(db, "cp-a-0", at=None, now=NOW)
+
+
+async def test_an_alert_that_asks_to_replace_it_is_in_its_chain(db: Database) -> None:
+    replica = await make_replica(db, await make_set(db), Phase.RUNNING)
+    labels = {"alertname": "Frozen", "action": "replace", "replica": replica.name}
+    for fingerprint, name in (("f2", replica.name), ("f3", "cp-a-999")):
+        changes = {"labels": {**labels, "replica": name}, "alertname": "Frozen", "action": AlertAction.REPLACE}
+        await fires(db, after(10), fingerprint=fingerprint, starts_at=after(9), **changes)
+    await walked(db, replica, Move(replica, Phase.STOPPING, Reason.REPLACED), at=after(11))
+    told = timeline(await story_of(db, replica))
+    assert [(event.kind, event.words) for event in told][-2:] == [
+        (Kind.ALERT, "Frozen (replace): m: 22 requests wait; A = 22; rule queue-rule"),
+        (Kind.DRAIN, "STOPPING, REPLACED"),
+    ]
+    assert (await story_of(db, replica, after(5))).named_by == ()
 
 
 async def test_only_what_is_new_becomes_history(db: Database) -> None:
