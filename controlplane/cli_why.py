@@ -45,6 +45,7 @@ _STYLES = {
 }
 _PHASE_STYLES = {Phase.RUNNING: "green", Phase.ENDED: "dim"}
 _SAME_DAY = timedelta(hours=24)
+_USUAL_ACTOR = "reconciler"  # not worth a word at every line
 
 
 async def show(db: Database, subject: str, at: datetime | None, output: str, console: Console) -> None:
@@ -75,7 +76,7 @@ def _replica(story: ReplicaStory) -> RenderableType:
     table.add_column(overflow="fold")
     for event in timeline(story):
         words = Text(_printable(event.words))
-        if event.actor is not None:
+        if event.actor is not None and event.actor != _USUAL_ACTOR:
             words.append(f"  by {_printable(event.actor)}", "dim")
         table.add_row(_clock(event.at, story.at), Text(event.kind, _STYLES[event.kind]), words)
     parts: list[RenderableType] = [

@@ -367,8 +367,8 @@ def test_why_tells_of_a_replica_from_the_alert_to_its_end(run: Callable[..., Res
         assert lines[1] == "made because: SCALED_UP, 0 -> 1: SCALED_UP for a test"
         words = [line.split(maxsplit=2)[2] for line in lines if line.startswith("2026-01-01")]
         assert words[0].startswith("alert Requests queue (scale_up): m: 22 requests wait; A = 22")
-        assert words[1] == "refused because COOLDOWN: COOLDOWN for a test by reconciler"
-        assert words[-1] == "end ENDED, SCALED_DOWN by reconciler"
+        assert words[1] == "refused because COOLDOWN: COOLDOWN for a test"
+        assert words[-1] == "end ENDED, SCALED_DOWN"
 
 
 def test_why_tells_of_a_set_now_and_then(run: Callable[..., Result], database_url: str) -> None:
