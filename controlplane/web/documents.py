@@ -6,8 +6,9 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
+from controlplane.core.stories import RecordedDecision
 from controlplane.core.types import Alert, Endpoint, Replica, ReplicaSet, ReplicaSetSpec
-from controlplane.db.decisions import RecordedDecision
+from controlplane.db.audit import Said
 
 Document = dict[str, Any]
 
@@ -113,6 +114,10 @@ def decision_document(one: RecordedDecision) -> Document:
         "alerts": list(one.alerts),
         "actor": one.actor,
     }
+
+
+def said_document(one: Said) -> Document:
+    return {"at": _time(one.at), "actor": one.actor, "kind": one.kind, "subject": one.subject, "words": one.words}
 
 
 def _time(time: datetime | None) -> str | None:
