@@ -101,7 +101,7 @@ class SelectPolicy(StrEnum):
 
     MAX = "Max"  # the one that allows the largest change
     MIN = "Min"
-    DISABLED = "Disabled"  # never in this direction
+    DISABLED = "Disabled"  # no alert changes anything in this direction
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,7 +150,7 @@ class ScaleUpDocument(_Document):
     """How long an alert must have pressed, since it began or since the last step up, before the next one."""
     policies: list[PolicyDocument] = []
     select_policy: SelectPolicyWord = "Max"
-    """Of several policies, the one that allows the largest change, or the smallest; `Disabled`: never grow."""
+    """Of several policies, the one that allows the largest change, or the smallest; `Disabled`: no alert grows it."""
 
 
 class ScaleDownDocument(_Document):
@@ -163,7 +163,7 @@ class ScaleDownDocument(_Document):
     """How long no alert may have asked for more."""
     policies: list[PolicyDocument] = []
     select_policy: SelectPolicyWord = "Max"
-    """Of several policies, the one that allows the largest change, or the smallest; `Disabled`: never shrink."""
+    """Of several policies, the one that allows the largest change, or the smallest; `Disabled`: no alert shrinks it."""
 
 
 class ScheduleDocument(_Document):
