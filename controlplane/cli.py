@@ -265,8 +265,8 @@ def scale(
 ) -> None:
     """Say how many replicas are wanted, or between which bounds.
 
-    With --until the count is pinned, whatever alerts and schedules say, and bounds end then. Without it the count ends
-    a pin and alerts go on from there, and bounds last until the spec is applied anew.
+    With --until a count is pinned, whatever alerts and schedules say, and bounds end then.
+    Without it alerts go on from the count, a pin ends, and bounds last until the next apply.
     """
     if count is not None and replicas is not None:
         raise typer.BadParameter("give the count once")
@@ -345,8 +345,8 @@ def freeze(
 ) -> None:
     """Keep a set, or all, from being scaled by alerts and schedules; their replicas serve on.
 
-    What ends is replaced, unhealthy replicas too, and `scale` is obeyed. What would have been done is recorded as
-    FROZEN: see `controlplane get decisions`.
+    What ends is replaced, unhealthy replicas too, and `scale` is obeyed.
+    What would have been done is recorded as FROZEN: see `controlplane get decisions`.
     """
     _check_whom(replica_set, every)
     from controlplane.db import freezes
