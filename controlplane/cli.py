@@ -60,6 +60,9 @@ def main() -> None:
 SetName = Annotated[str, typer.Argument(help="Its name.", show_default=False)]
 ReplicaName = Annotated[str, typer.Argument(help="Its name, cp-<set>-<number>.", show_default=False)]
 Reason = Annotated[str | None, typer.Option(help="Kept, for those who ask why later.")]
+Until = Annotated[
+    str | None, typer.Option(help="A time with its zone, or how long: 90m, 2h, 3d. Without it: until it is undone.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be; change nothing.")]
 
 
@@ -270,32 +273,48 @@ def apply(
 @cli.command(
     rich_help_panel=_SETS,
     epilog="[bold]Examples[/]\n\ncontrolplane scale qwen3-8b --replicas 3\n\n"
+    "controlplane scale qwen3-8b 3 --until 2h --reason demo\n\n"
     "controlplane scale qwen3-8b --min 1 --max 8 --reason launch",
 )
 def scale(
     replica_set: SetName,
+    count: Annotated[int | None, typer.Argument(min=0, help="The same as --replicas.", show_default=False)] = None,
     replicas: Annotated[
-        int | None, typer.Option(min=0, help="How many are wanted now; alerts go on from there.")
+        int | None,
+        typer.Option(min=0, help="How many are wanted. With --until they are pinned; else alerts go on from there."),
     ] = None,
     low: Annotated[int | None, typer.Option("--min", min=0, help="The least there may be.")] = None,
     high: Annotated[int | None, typer.Option("--max", min=0, help="The most there may be.")] = None,
+    until: Annotated[
+        str | None, typer.Option(help="When it ends: a time with its zone, or how long: 90m, 2h, 3d.")
+    ] = None,
     reason: Reason = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Say how many replicas are wanted, or between which bounds. Bounds last until the spec is applied anew."""
+    """Say how many replicas are wanted, or between which bounds.
+
+    With --until a count is pinned, whatever alerts and schedules say, and bounds end then.
+    Without it alerts go on from the count, a pin ends, and bounds last until the next apply.
+    """
+    if count is not None and replicas is not None:
+        raise typer.BadParameter("give the count once")
+    replicas = count if replicas is None else replicas
     if replicas is None and low is None and high is None:
         raise typer.BadParameter("give --replicas, --min or --max")
     from controlplane.db import replica_sets
 
+    now = utc_now()
+    end = None if until is None else _time(until, now)
     after = with_db(
         lambda db: replica_sets.scale(
             db,
             replica_set,
             actor=actor(),
-            now=utc_now(),
+            now=now,
             replicas=replicas,
             min_replicas=low,
             max_replicas=high,
+            until=end,
             reason=reason,
             dry_run=dry_run,
         )
@@ -311,9 +330,7 @@ def scale(
 def pause(
     replica_set: SetName,
     reason: Reason = None,
-    until: Annotated[
-        str | None, typer.Option(help="A time with its zone, or how long: 90m, 2h, 3d. Without it: until resumed.")
-    ] = None,
+    until: Until = None,
     dry_run: DryRun = False,
 ) -> None:
     """Take a set out of service: no new requests, its replicas drain, none is started."""
@@ -338,13 +355,83 @@ def resume(replica_set: SetName, dry_run: DryRun = False) -> None:
     typer.echo(f"{_in_words(after)}{_dry(dry_run)}")
 
 
+MaybeSetName = Annotated[str | None, typer.Argument(help="Its name; or give --all.", show_default=False)]
+All = Annotated[bool, typer.Option("--all", help="Every set, those included that are made later.")]
+
+
+@cli.command(
+    rich_help_panel=_SETS,
+    epilog="[bold]Examples[/]\n\ncontrolplane freeze qwen3-8b --until 2h --reason benchmark\n\n"
+    "controlplane freeze --all --reason incident",
+)
+def freeze(
+    replica_set: MaybeSetName = None,
+    every: All = False,
+    reason: Reason = None,
+    until: Until = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Keep a set, or all, from being scaled by alerts and schedules; their replicas serve on.
+
+    What ends is replaced, unhealthy replicas too, and `scale` is obeyed.
+    What would have been done is recorded as FROZEN: see `controlplane get decisions`.
+    """
+    _check_whom(replica_set, every)
+    from controlplane.db import freezes
+
+    now = utc_now()
+    end = None if until is None else _time(until, now)
+
+    async def work(db: Database) -> str:
+        if replica_set is None:
+            await freezes.freeze_all(db, actor=actor(), now=now, reason=reason, until=end, dry_run=dry_run)
+            return f"all sets: frozen {_until(end, 'unfrozen')}"
+        return _in_words(
+            await freezes.freeze(db, replica_set, actor=actor(), now=now, reason=reason, until=end, dry_run=dry_run)
+        )
+
+    typer.echo(f"{with_db(work)}{_dry(dry_run)}")
+
+
+@cli.command(rich_help_panel=_SETS)
+def unfreeze(replica_set: MaybeSetName = None, every: All = False, dry_run: DryRun = False) -> None:
+    """Let alerts and schedules scale a set again, or all.
+
+    A freeze of all sets and a set's own are two: lifting the one leaves the other.
+    """
+    _check_whom(replica_set, every)
+    from controlplane.db import freezes, replica_sets
+
+    async def work(db: Database) -> str:
+        if replica_set is not None:
+            return _in_words(await freezes.unfreeze(db, replica_set, actor=actor(), now=utc_now(), dry_run=dry_run))
+        await freezes.unfreeze_all(db, actor=actor(), now=utc_now(), dry_run=dry_run)
+        own = [one.name for one in await replica_sets.load_all(db) if any(not it.is_of_all for it in one.freezes)]
+        return "all sets: not frozen" + (f", but for {', '.join(own)}, by a freeze of its own" if own else "")
+
+    typer.echo(f"{with_db(work)}{_dry(dry_run)}")
+
+
+def _check_whom(replica_set: str | None, every: bool) -> None:
+    if (replica_set is not None) is every:
+        raise typer.BadParameter("give one set's name, or --all")
+
+
 def _in_words(after: ReplicaSet) -> str:
     if after.is_paused:
-        end = f"until {after.paused_until:%Y-%m-%d %H:%M} UTC" if after.paused_until else "until resumed"
-        return f"{after.name}: paused {end}"
+        return f"{after.name}: paused {_until(after.paused_until, 'resumed')}"
     if after.spec.is_external:
         return f"{after.name}: in service"
-    return f"{after.name}: {after.desired_replicas} wanted, bounds {after.min_replicas} to {after.max_replicas}"
+    words = f"{after.name}: {after.desired_replicas} wanted, bounds {after.min_replicas} to {after.max_replicas}"
+    if after.pin is not None:
+        words += f"; pinned {_until(after.pin.until, '')}"
+    for one in after.freezes:
+        words += f"; {'all sets are ' if one.is_of_all else ''}frozen {_until(one.until, 'unfrozen')}"
+    return words
+
+
+def _until(end: datetime | None, undone: str) -> str:
+    return f"until {end:%Y-%m-%d %H:%M} UTC" if end is not None else f"until {undone}"
 
 
 # --- single replicas -------------------------------------------------------------------------------------

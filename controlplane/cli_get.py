@@ -239,6 +239,26 @@ def _bounds(one: Document, _now: datetime) -> str:
     return "fixed" if one["spec"]["endpoints"] else f"{one['min_replicas']}..{one['max_replicas']}"
 
 
+def _scaling(one: Document, _now: datetime) -> str | None:
+    """Who has a say in the count, beside alerts and the spec."""
+    if one["spec"]["endpoints"]:
+        return None
+    said = []
+    if pin := one["pin"]:
+        said.append(f"pinned at {pin['replicas']}{_end(pin)}")
+    said += [f"frozen{' with all' if freeze['is_of_all'] else ''}{_end(freeze)}" for freeze in one["freezes"]]
+    if one["spec"]["mode"] != "active":
+        said.append(one["spec"]["mode"])
+    if bounds := one["operator_bounds"]:
+        said.append(f"operator's bounds{_end(bounds)}")
+    said += [f"schedule {name}" for name in one["open_schedules"]]
+    return ", ".join(said) or "automatic"
+
+
+def _end(one: Document) -> str:
+    return f" until {datetime.fromisoformat(one['until']):%Y-%m-%d %H:%M} UTC" if one["until"] else ""
+
+
 def _target(one: Document, _now: datetime) -> str:
     labels: Mapping[str, str] = one["labels"]
     return " ".join(f"{name}={labels[name]}" for name in ("model", "replica_set", "replica", "node") if name in labels)
@@ -264,6 +284,7 @@ VIEWS: Mapping[str, View] = {
             Column("routable", _field("routable_endpoints")),
             Column("bounds", _bounds),
             Column("state", _state),
+            Column("scaling", _scaling),
             Column("template", lambda one, _: one["spec"]["template"], is_wide=True),
             Column("priority", lambda one, _: one["spec"]["priority"], is_wide=True),
             Column("newest decision", _explanation, is_wide=True),

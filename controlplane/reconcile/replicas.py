@@ -15,12 +15,13 @@ from datetime import datetime, timedelta
 from loguru import logger
 
 from controlplane.core.lifecycle import advance, comment_for, is_anothers, job_of, twins_of
-from controlplane.core.planning import PlanRules, Scene, idle_since, plan
-from controlplane.core.scaling import Pressure, decide, pressures
+from controlplane.core.planning import PlanRules, Scene, back_off, idle_since, plan
+from controlplane.core.scaling import Pressure, decide, longest_period, pressures
 from controlplane.core.types import (
     Action,
     Alert,
     CancelJob,
+    Change,
     Decision,
     Endpoint,
     Health,
@@ -47,6 +48,7 @@ from controlplane.db import (
 )
 from controlplane.metrics import ControlPlaneMetrics
 from controlplane.reconcile.actions import ACTOR, Actor, Done
+from controlplane.reconcile.schedules import scheduled_bounds
 from controlplane.slurm.client import SlurmClient
 from controlplane.slurm.errors import SlurmError
 
@@ -102,11 +104,16 @@ class ReplicaLoop:
         """One round. It may be cut short anywhere, and repeated."""
         done = Done()
         world = await self._load(now)
-        pressing = pressures(world.sets.values(), world.alerts, now=now, stale_after=self._options.stale_after)
-        await self._decide(world, pressing, done, now)
+        pressing = pressures(
+            world.sets.values(),
+            world.alerts,
+            now=now,
+            stale_after=self._options.stale_after,
+            backing_off=self._backing_off(world, now),
+        )
+        actions: list[Action] = [*await self._decide(world, pressing, done, now)]
         observed = await self._observe(now)
         jobs: dict[str, SlurmJob] = {}
-        actions: list[Action] = []
         if isinstance(observed, JobList):
             jobs = await self._follow(world, observed, done, now)
             actions += self._twins(world, observed) + await self._strays(world, observed, now)
@@ -141,15 +148,40 @@ class ReplicaLoop:
             past[one.replica_set].append(one)
         return past
 
-    async def _decide(self, world: World, pressing: dict[str, Pressure], done: Done, now: datetime) -> None:
+    def _backing_off(self, world: World, now: datetime) -> set[str]:
+        """The sets whose starts fail, and which try no further one for now."""
+        resumes_at = {
+            one.name: back_off(_scene(world, one, {}, Pressure()), self._options.rules)[1]
+            for one in world.sets.values()
+        }
+        return {name for name, at in resumes_at.items() if at is not None and now < at}
+
+    async def _load_changes(self, world: World, now: datetime) -> dict[str, list[Change]]:
+        period = max(map(longest_period, world.sets.values()), default=timedelta(0))
+        return await decisions.load_changes(self._db, now - period) if period else {}
+
+    async def _decide(self, world: World, pressing: dict[str, Pressure], done: Done, now: datetime) -> list[Report]:
         latest = await decisions.load_latest(self._db)
+        changes = await self._load_changes(world, now)
+        reports: list[Report] = []
         for name, pressure in pressing.items():
             replica_set = world.sets[name]
             own = [one for one in world.replicas if one.replica_set == name]
-            decision = decide(replica_set, pressure, own, world.endpoints, now=now)
+            scheduled = scheduled_bounds(replica_set, now)
+            if isinstance(scheduled, Report):
+                reports.append(scheduled)
+            decision = decide(
+                replica_set,
+                pressure,
+                own,
+                world.endpoints,
+                now=now,
+                scheduled=None if isinstance(scheduled, Report) else scheduled,
+                changes=changes.get(name, ()),
+            )
             before = latest.get(name)
             is_news = before is None or (before.reason, before.alerts) != (decision.reason, decision.alerts)
-            if not decision.changes_desired and not is_news:
+            if not decision.changes_desired and decision.scheduled is None and not is_news:
                 continue
             try:
                 await replica_sets.decide(self._db, decision, actor=ACTOR, now=now)
@@ -164,10 +196,11 @@ class ReplicaLoop:
                 desired=decision.desired,
                 why=decision.explanation,
             )
-            if decision.changes_desired:
+            if decision.changes_desired or decision.scheduled is not None:
                 done.moved.append(f"{name}: {decision.previous} -> {decision.desired}, {decision.explanation}")
                 world.sets[name] = await replica_sets.load(self._db, name)
                 self._note_pressure(decision, pressure)
+        return reports
 
     async def _observe(self, now: datetime) -> JobList | Unknown:
         try:

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from controlplane.core.stories import RecordedDecision
-from controlplane.core.types import Alert, Endpoint, Replica, ReplicaSet, ReplicaSetSpec
+from controlplane.core.types import Alert, Endpoint, Freeze, Replica, ReplicaSet, ReplicaSetSpec
 from controlplane.db.audit import Said
 
 Document = dict[str, Any]
@@ -37,10 +37,35 @@ def replica_set_document(one: ReplicaSet) -> Document:
         "is_paused": one.is_paused,
         "paused_reason": one.paused_reason,
         "paused_until": _time(one.paused_until),
+        "operator_bounds": one.operator_bounds
+        and {
+            "min_replicas": one.operator_bounds.min_replicas,
+            "max_replicas": one.operator_bounds.max_replicas,
+            "until": _time(one.operator_bounds.until),
+        },
+        "open_schedules": list(one.scheduled.schedules),
+        "pin": one.pin
+        and {
+            "replicas": one.pin.replicas,
+            "until": _time(one.pin.until),
+            "actor": one.pin.actor,
+            "reason": one.pin.reason,
+        },
+        "freezes": [freeze_document(freeze) for freeze in one.freezes],
         "scaled_up_at": _time(one.scaled_up_at),
         "scaled_down_at": _time(one.scaled_down_at),
         "spec_hash": one.spec_hash,
         "spec": spec_document(one.spec),
+    }
+
+
+def freeze_document(one: Freeze) -> Document:
+    return {
+        "is_of_all": one.is_of_all,
+        "actor": one.actor,
+        "reason": one.reason,
+        "since": _time(one.since),
+        "until": _time(one.until),
     }
 
 

@@ -21,9 +21,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from controlplane.core.times import parse_time
-from controlplane.core.types import Phase, ReplicaSet, ReplicaSetSpec
+from controlplane.core.types import Freeze, Phase, ReplicaSet, ReplicaSetSpec
 from controlplane.core.verbs import Verb
-from controlplane.db import Database, NotFound, alerts, audit, decisions, endpoints, replica_sets, replicas
+from controlplane.db import Database, NotFound, alerts, audit, decisions, endpoints, freezes, replica_sets, replicas
 from controlplane.slurm.script import ScriptError, ScriptOptions, check
 from controlplane.specs import SpecError, faults_of, parse_one
 from controlplane.specs.file_format import CountOrNone, Text
@@ -68,16 +68,22 @@ def _utc(value: object) -> object:
         raise PydanticCustomError("time", "{why}", {"why": str(error)}) from None
 
 
+Time = Annotated[datetime, BeforeValidator(_utc)]
+
+
 class ScaleBody(_Body):
     replicas: CountOrNone | None = None
     min_replicas: CountOrNone | None = None
     max_replicas: CountOrNone | None = None
+    until: Time | None = None
     reason: Text | None = None
 
 
-class PauseBody(_Body):
+class LastingBody(_Body):
+    """For what lasts until it is undone, or until then."""
+
     reason: Text | None = None
-    until: Annotated[datetime, BeforeValidator(_utc)] | None = None
+    until: Time | None = None
 
 
 class ReasonBody(_Body):
@@ -133,6 +139,10 @@ def routes(
         verb("replica-sets/{name}/scale", sets.scale),
         verb("replica-sets/{name}/pause", sets.pause),
         verb("replica-sets/{name}/resume", sets.resume),
+        verb("replica-sets/{name}/freeze", sets.freeze),
+        verb("replica-sets/{name}/unfreeze", sets.unfreeze),
+        verb("freeze", sets.freeze_all),
+        verb("unfreeze", sets.unfreeze_all),
         *(verb(f"replicas/{{name}}/{word}", _replica_verb(db, word)) for word in Verb),
     ]
 
@@ -205,12 +215,42 @@ class _ReplicaSetVerbs:
         return await self._changed(order, replica_sets.scale, **body.model_dump())
 
     async def pause(self, order: Order) -> documents.Document:
-        body = _read(order, PauseBody)
+        body = _read(order, LastingBody)
         return await self._changed(order, replica_sets.pause, **body.model_dump())
 
     async def resume(self, order: Order) -> documents.Document:
         _read(order, EmptyBody)
         return await self._changed(order, replica_sets.resume)
+
+    async def freeze(self, order: Order) -> documents.Document:
+        body = _read(order, LastingBody)
+        return await self._changed(order, freezes.freeze, **body.model_dump())
+
+    async def unfreeze(self, order: Order) -> documents.Document:
+        _read(order, EmptyBody)
+        return await self._changed(order, freezes.unfreeze)
+
+    async def freeze_all(self, order: Order) -> documents.Document:
+        body = _read(order, LastingBody)
+        return await self._changed_for_all(order, freezes.freeze_all, **body.model_dump())
+
+    async def unfreeze_all(self, order: Order) -> documents.Document:
+        _read(order, EmptyBody)
+        return await self._changed_for_all(order, freezes.unfreeze_all)
+
+    async def _changed_for_all(
+        self, order: Order, verb: Callable[..., Awaitable[Freeze | None]], **wanted: object
+    ) -> documents.Document:
+        before = await freezes.load_of_all(self._db)
+        try:
+            after = await verb(self._db, actor=order.actor, now=order.now, dry_run=order.is_dry_run, **wanted)
+        except ValueError as error:
+            raise _field_at_fault(error) from None
+        return {
+            "changed": after != before,
+            "dry_run": order.is_dry_run,
+            "freeze": after and documents.freeze_document(after),
+        }
 
     async def _changed(
         self, order: Order, verb: Callable[..., Awaitable[ReplicaSet]], **wanted: object

@@ -29,6 +29,7 @@ ELSEWHERE: dict[tuple[str, str], tuple[str, ...]] = {
         "<> failed starts in a row; next try at <>: <>",
         "<> is an orphan: no replica stands for it",
         "no usable answer, so nothing is submitted or cancelled: <>",
+        "schedule <> is not followed: <>, <>: <>",
     ),
     ("reconcile/endpoints.py", "sentence"): ("endpoint is ready", "endpoint fails"),
     ("reconcile/actions.py", "f'{_words(call)} failed; trying again'"): (
@@ -133,7 +134,7 @@ def test_every_event_is_listed_with_its_level_and_fields_and_no_other() -> None:
 
 
 def test_sentences_that_a_variable_holds_are_still_made_in_their_file() -> None:
-    rooms = {"reconcile/replicas.py": ("reconcile/replicas.py", "core/planning.py")}
+    rooms = {"reconcile/replicas.py": ("reconcile/replicas.py", "core/planning.py", "reconcile/schedules.py")}
     for (file, _), held in ELSEWHERE.items():
         source = "".join((PACKAGE / one).read_text() for one in rooms.get(file, (file,)))
         for sentence in held:
