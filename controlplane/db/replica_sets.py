@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 
 from controlplane.core.specs import spec_hash
 from controlplane.core.types import Decision, DecisionReason, ReplicaSet, ReplicaSetSpec
-from controlplane.db import decisions
+from controlplane.db import back_offs, decisions
 from controlplane.db.errors import NotFound, Stale
 from controlplane.db.pool import Connection, Database, wake
 
@@ -110,6 +110,7 @@ async def _apply(connection: Connection, spec: ReplicaSetSpec, actor: str, now: 
         },
     )
     await _follow_external_endpoints(connection, spec)
+    await back_offs.forgive(connection, spec.name, now)
     count = len(spec.endpoints)
     what = f"{count} fixed endpoints" if spec.is_external else f"between {bounds[0]} and {bounds[1]} replicas"
     await decisions.record(
@@ -155,7 +156,10 @@ async def scale(
     reason: str | None = None,
     dry_run: bool = False,
 ) -> ReplicaSet:
-    """Set the desired count, the bounds in force, or both. Raises NotFound; ValueError naming the field at fault."""
+    """Set the desired count, the bounds in force, or both; a set that backs off is tried again at once.
+
+    Raises NotFound; ValueError naming the field at fault.
+    """
     async with db.transaction() as connection:
         before = await _load(connection, name, lock=True)
         if before.spec.is_external:
@@ -178,7 +182,7 @@ async def scale(
             scaled_up_at=now if desired > before.desired_replicas else before.scaled_up_at,
             scaled_down_at=now if desired < before.desired_replicas else before.scaled_down_at,
         )
-        if dry_run or after == before:
+        if dry_run or (not await back_offs.forgive(connection, name, now) and after == before):
             return after
         await connection.execute(
             "UPDATE replica_sets SET desired_replicas = %s, min_replicas = %s, max_replicas = %s, "
@@ -214,7 +218,7 @@ async def pause(
 
 
 async def resume(db: Database, name: str, *, actor: str, now: datetime, dry_run: bool = False) -> ReplicaSet:
-    """Put it back into service with the replicas it had desired. Raises NotFound."""
+    """Put it back into service with the replicas it had desired, and try at once if it backs off. Raises NotFound."""
     return await _set_pause(db, name, False, None, None, actor, now, dry_run)
 
 
@@ -252,7 +256,8 @@ async def _set_pause(
     async with db.transaction() as connection:
         before = await _load(connection, name, lock=True)
         after = replace(before, is_paused=is_paused, paused_reason=reason, paused_until=until)
-        if not dry_run and after != before:
+        tries_again = not dry_run and not is_paused and await back_offs.forgive(connection, name, now)
+        if tries_again or (not dry_run and after != before):
             await _write_pause(connection, before, after, actor, now)
     return after
 

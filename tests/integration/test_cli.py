@@ -28,10 +28,10 @@ from tests.integration.db_rows import make_replica, make_set, opened
 T = TypeVar("T")
 
 NOWHERE = "postgresql://someone:hunter2@127.0.0.1:1/nothing"
-NOUNS = ("replica-sets", "replicas", "endpoints", "alerts", "decisions")
+NOUNS = ("replica-sets", "replicas", "endpoints", "alerts", "decisions", "nodes")
 VERBS: tuple[str, ...]
 VERBS = ("serve", "migrate", "apply", "get", "scale", "pause", "resume", "drain", "undrain", "cancel", "check", "demo")
-VERBS += ("keys create", "keys list", "keys revoke")
+VERBS += ("keys create", "keys list", "keys revoke", "nodes drain", "nodes undrain")
 OFFICE_BOX = """
 replica_sets:
   - name: office-box

@@ -44,7 +44,7 @@ SLURM_SET = {
     "max_replicas": 4,
     "slurm": {"time_limit_seconds": 3600},
 }
-READS = ["replica-sets", "replicas", "endpoints", "alerts", "decisions"]
+READS = ["replica-sets", "replicas", "endpoints", "alerts", "decisions", "nodes"]
 VERBS = [
     ("PUT", "replica-sets/a"),
     ("POST", "replica-sets/a/scale"),
@@ -53,6 +53,8 @@ VERBS = [
     ("POST", "replicas/cp-a-1/drain"),
     ("POST", "replicas/cp-a-1/undrain"),
     ("POST", "replicas/cp-a-1/cancel"),
+    ("POST", "nodes/n1/drain"),
+    ("POST", "nodes/n1/undrain"),
 ]
 
 
