@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import sys
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from controlplane import cli_keys
+from controlplane import cli_keys, cli_nodes
 from controlplane.cli_session import (
     FAILED,
     actor,
@@ -27,14 +25,19 @@ from controlplane.cli_session import (
     table_console,
     with_db,
 )
+from controlplane.cli_session import dry as _dry
+from controlplane.cli_session import time_of as _time
 from controlplane.clock import utc_now
 from controlplane.core.verbs import Verb
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from controlplane.core.types import ReplicaSet
     from controlplane.db import Database
 
 _RUN, _SETS, _REPLICAS, _ACCESS = "Run it", "Look, and steer replica sets", "Single replicas", "Clients"
+_NODES = "Nodes"
 
 cli = typer.Typer(
     name="controlplane",
@@ -47,9 +50,10 @@ cli = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 cli.add_typer(cli_keys.cli, name="keys", rich_help_panel=_ACCESS)
+cli.add_typer(cli_nodes.cli, name="nodes", rich_help_panel=_NODES)
 
 Role = Literal["all", "control", "proxy"]
-Noun = Literal["replica-sets", "replicas", "endpoints", "alerts", "decisions", "audit"]
+Noun = Literal["replica-sets", "replicas", "endpoints", "alerts", "decisions", "audit", "nodes"]
 Output = Literal["table", "wide", "json"]
 
 
@@ -184,10 +188,10 @@ def get(
         bool, typer.Option("--watch", "-w", help="Until Ctrl-C; with -o json one line for every change.")
     ] = False,
     show_all: Annotated[
-        bool, typer.Option("--all", help="Also what is over: ended replicas, resolved alerts.")
+        bool, typer.Option("--all", help="Also what is over: ended replicas, resolved alerts, cleared nodes.")
     ] = False,
 ) -> None:
-    """Show replica sets, replicas, endpoints, alerts, decisions, or what operators said."""
+    """Show replica sets, replicas, endpoints, alerts, decisions, what operators said, or nodes kept out of new jobs."""
     from controlplane import cli_get
 
     look = cli_get.watch if watch else cli_get.show
@@ -463,26 +467,6 @@ def _obey(name: str, verb: Verb, reason: str | None, dry_run: bool) -> None:
     )
     nothing = "" if obeyed.is_changed else ", as before"
     typer.echo(f"{obeyed.replica.name} is {obeyed.replica.phase}{nothing}{_dry(dry_run)}")
-
-
-def _time(text: str, now: datetime) -> datetime:
-    units = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
-    if match := re.fullmatch(r"(\d{1,6})([smhd])", text):
-        return now + timedelta(**{units[match[2]]: int(match[1])})
-    try:
-        time = datetime.fromisoformat(text)
-    except ValueError:
-        time = None
-    if time is None or time.tzinfo is None:
-        raise typer.BadParameter(
-            f"{text!r} is neither a time with its zone, as 2027-01-31T18:00+01:00, nor how long, as 90m, 2h or 3d",
-            param_hint="--until",
-        )
-    return time.astimezone(UTC)
-
-
-def _dry(dry_run: bool) -> str:
-    return " (dry run: nothing was changed)" if dry_run else ""
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ class Reason(StrEnum):
     REPLACED = "REPLACED"  # an alert or an operator asked for another one in its place
     DRAINED_BY_OPERATOR = "DRAINED_BY_OPERATOR"
     CANCELLED_BY_OPERATOR = "CANCELLED_BY_OPERATOR"
+    NODE_DRAINED = "NODE_DRAINED"  # jobs are kept off its node, on an operator's or an alert's word
     HANDED_OVER = "HANDED_OVER"
     START_TIMEOUT = "START_TIMEOUT"
     UNHEALTHY = "UNHEALTHY"
@@ -328,6 +329,7 @@ class SlurmJob:
     signal: int | None = None
     restart_count: int = 0
     raw_state: str = ""  # the words Slurm used, for people
+    excluded_nodes: str = ""  # a node list expression: where it was asked not to run
 
     @property
     def is_over(self) -> bool:
@@ -448,6 +450,7 @@ class DecisionReason(StrEnum):
     PINNED = "PINNED"
     FROZEN = "FROZEN"
     OPERATOR = "OPERATOR"
+    BACKING_OFF = "BACKING_OFF"  # no alert presses, and what failed is not tried again before its time
 
 
 @dataclass(frozen=True, slots=True)
@@ -487,11 +490,13 @@ class PastReplica:
     message: str | None
     ended_at: datetime
     was_ready: bool
+    created_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Create:
     replica_set: str
+    beside: tuple[str, ...] = ()  # names of those that it shall succeed: they do not count against the desired ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -502,6 +507,14 @@ class Submit:
 @dataclass(frozen=True, slots=True)
 class Release:
     replica: Replica
+
+
+@dataclass(frozen=True, slots=True)
+class Exclude:
+    """Tell Slurm which nodes a job that waits shall not be given. None at all: any node will do."""
+
+    replica: Replica
+    nodes: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -533,7 +546,7 @@ class Report:
     message: str
 
 
-Action = Create | Submit | Release | CancelJob | Move | Report
+Action = Create | Submit | Release | Exclude | CancelJob | Move | Report
 
 
 def seconds(value: int) -> timedelta:

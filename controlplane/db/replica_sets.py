@@ -29,7 +29,7 @@ from controlplane.core.types import (
     ReplicaSetSpec,
     ScheduledBounds,
 )
-from controlplane.db import decisions
+from controlplane.db import back_offs, decisions
 from controlplane.db.errors import NotFound, Stale
 from controlplane.db.pool import Connection, Database, wake
 
@@ -138,6 +138,7 @@ async def _apply(connection: Connection, spec: ReplicaSetSpec, actor: str, now: 
         },
     )
     await _follow_external_endpoints(connection, spec)
+    await back_offs.forgive(connection, spec.name, now)
     count = len(spec.endpoints)
     between = f"between {after.min_replicas} and {after.max_replicas} replicas"
     what = f"{count} fixed endpoints" if spec.is_external else between
@@ -193,10 +194,10 @@ async def scale(
     reason: str | None = None,
     dry_run: bool = False,
 ) -> ReplicaSet:
-    """Set the desired count, the bounds in force, or both. Raises NotFound; ValueError naming the field at fault.
+    """Set the desired count, the bounds in force, or both; a set that backs off is tried again at once.
 
     `until`: a count is held until then, whatever alerts and schedules say, and bounds end then. A count without it is
-    where alerts go on from, and ends a pin.
+    where alerts go on from, and ends a pin. Raises NotFound; ValueError naming the field at fault.
     """
     check_until(until, now)
     async with db.transaction() as connection:
@@ -225,7 +226,7 @@ async def scale(
         after = bounded(replace(before, operator_bounds=bounds, pin=pin, desired_replicas=desired))
         # an operator's word begins the same windows as a decision: no alert undoes it at once
         after = _stamped(before, after, now)
-        if dry_run or after == before:
+        if dry_run or (not await back_offs.forgive(connection, name, now) and after == before):
             return after
         await _write(connection, after, now)
         what = f"{after.desired_replicas} wanted, bounds {after.min_replicas} to {after.max_replicas}"
@@ -294,7 +295,7 @@ async def pause(
 
 
 async def resume(db: Database, name: str, *, actor: str, now: datetime, dry_run: bool = False) -> ReplicaSet:
-    """Put it back into service with the replicas it had desired. Raises NotFound."""
+    """Put it back into service with the replicas it had desired, and try at once if it backs off. Raises NotFound."""
     return await _set_pause(db, name, False, None, None, actor, now, dry_run)
 
 
@@ -332,7 +333,8 @@ async def _set_pause(
     async with db.transaction() as connection:
         before = await load_in(connection, name, lock=True)
         after = replace(before, is_paused=is_paused, paused_reason=reason, paused_until=until)
-        if not dry_run and after != before:
+        tries_again = not dry_run and not is_paused and await back_offs.forgive(connection, name, now)
+        if tries_again or (not dry_run and after != before):
             await _write_pause(connection, before, after, actor, now)
     return after
 

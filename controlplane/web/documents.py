@@ -6,9 +6,12 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
+from controlplane.core.nodes import NodeMark
 from controlplane.core.stories import RecordedDecision
 from controlplane.core.types import Alert, Endpoint, Freeze, Replica, ReplicaSet, ReplicaSetSpec
 from controlplane.db.audit import Said
+from controlplane.db.back_offs import RecordedBackOff
+from controlplane.db.job_logs import JobLog
 
 Document = dict[str, Any]
 
@@ -85,6 +88,41 @@ def replica_document(one: Replica) -> Document:
         "submitted_at": _time(one.submitted_at),
         "running_since": _time(one.running_since),
         "drain_deadline": _time(one.drain_deadline),
+    }
+
+
+def log_document(one: JobLog | None) -> Document | None:
+    """The end of the log of a job that ended unasked; None: it was not read, or is not worth reading."""
+    return None if one is None else {"read_at": _time(one.read_at), "tail": one.tail, "problem": one.problem}
+
+
+def back_off_document(one: RecordedBackOff | None) -> Document | None:
+    if one is None:
+        return None
+    return {
+        "failures": one.failures,
+        "since": _time(one.since),
+        "next_try_at": _time(one.next_try_at),
+        "replica": one.replica,
+        "reason": one.reason,
+        "message": one.message,
+        "log_tail": one.log_tail,
+    }
+
+
+def node_document(one: NodeMark) -> Document:
+    return {
+        "node": one.node,
+        "cause": one.cause,
+        "is_kept_out": one.is_active,
+        "is_drained": one.drains,
+        "reason": one.reason,
+        "actor": one.actor,
+        "since": _time(one.since),
+        "until": _time(one.until),
+        "strikes": one.strikes,
+        "cleared_at": _time(one.cleared_at),
+        "cleared_by": one.cleared_by,
     }
 
 

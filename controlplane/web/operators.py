@@ -23,7 +23,20 @@ from starlette.routing import Route
 from controlplane.core.times import parse_time
 from controlplane.core.types import Freeze, Phase, ReplicaSet, ReplicaSetSpec
 from controlplane.core.verbs import Verb
-from controlplane.db import Database, NotFound, alerts, audit, decisions, endpoints, freezes, replica_sets, replicas
+from controlplane.db import (
+    Database,
+    NotFound,
+    alerts,
+    audit,
+    back_offs,
+    decisions,
+    endpoints,
+    freezes,
+    job_logs,
+    nodes,
+    replica_sets,
+    replicas,
+)
 from controlplane.slurm.script import ScriptError, ScriptOptions, check
 from controlplane.specs import SpecError, faults_of, parse_one
 from controlplane.specs.file_format import CountOrNone, Text
@@ -144,6 +157,9 @@ def routes(
         verb("freeze", sets.freeze_all),
         verb("unfreeze", sets.unfreeze_all),
         *(verb(f"replicas/{{name}}/{word}", _replica_verb(db, word)) for word in Verb),
+        route("GET", "nodes", reads.nodes),
+        verb("nodes/{name}/drain", _drain_node(db)),
+        verb("nodes/{name}/undrain", _undrain_node(db)),
     ]
 
 
@@ -152,13 +168,31 @@ class _Reads:
         self._db = db
 
     async def replica_sets(self, _order: Order) -> documents.Document:
-        return {"replica_sets": [documents.replica_set_document(one) for one in await replica_sets.load_all(self._db)]}
+        pauses = await back_offs.load(self._db)
+        return {
+            "replica_sets": [
+                {
+                    **documents.replica_set_document(one),
+                    "back_off": documents.back_off_document(pauses.get(one.name)),
+                }
+                for one in await replica_sets.load_all(self._db)
+            ]
+        }
 
     async def replicas(self, order: Order) -> documents.Document:
         """Every live one, and the newest of those that ended."""
         newest = await replicas.load_newest(self._db, limit=_limit(order.parameters))
         shown = [*await replicas.load_live(self._db), *(one for one in newest if one.phase is Phase.ENDED)]
-        return {"replicas": [documents.replica_document(one) for one in sorted(shown, key=lambda one: -one.id)]}
+        logs = await job_logs.load(self._db, [one.name for one in shown])
+        return {
+            "replicas": [
+                {**documents.replica_document(one), "log": documents.log_document(logs.get(one.name))}
+                for one in sorted(shown, key=lambda one: -one.id)
+            ]
+        }
+
+    async def nodes(self, _order: Order) -> documents.Document:
+        return {"nodes": [documents.node_document(one) for one in await nodes.load(self._db)]}
 
     async def endpoints(self, _order: Order) -> documents.Document:
         routable = {one.endpoint_id for one in await endpoints.load_routable(self._db)}
@@ -281,6 +315,52 @@ def _replica_verb(db: Database, word: Verb) -> Answer:
         }
 
     return answer
+
+
+def _drain_node(db: Database) -> Answer:
+    async def answer(order: Order) -> documents.Document:
+        body = _read(order, LastingBody)
+        marked = await _checked(
+            nodes.drain(
+                db,
+                order.name,
+                actor=order.actor,
+                now=order.now,
+                reason=body.reason,
+                until=body.until,
+                dry_run=order.is_dry_run,
+            )
+        )
+        return _node_answer(order, marked)
+
+    return answer
+
+
+def _undrain_node(db: Database) -> Answer:
+    async def answer(order: Order) -> documents.Document:
+        _read(order, EmptyBody)
+        marked = await _checked(
+            nodes.undrain(db, order.name, actor=order.actor, now=order.now, dry_run=order.is_dry_run)
+        )
+        return _node_answer(order, marked)
+
+    return answer
+
+
+async def _checked(marking: Awaitable[nodes.Marked]) -> nodes.Marked:
+    try:
+        return await marking
+    except ValueError as error:
+        raise _field_at_fault(error) from None
+
+
+def _node_answer(order: Order, marked: nodes.Marked) -> documents.Document:
+    return {
+        "changed": marked.is_changed,
+        "dry_run": order.is_dry_run,
+        "node": marked.node,
+        "marks": [documents.node_document(one) for one in marked.marks],
+    }
 
 
 # --- what a request says ------------------------------------------------------------------------------------

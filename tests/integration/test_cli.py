@@ -29,10 +29,10 @@ from tests.integration.lives import fires, job, whole_life
 T = TypeVar("T")
 
 NOWHERE = "postgresql://someone:hunter2@127.0.0.1:1/nothing"
-NOUNS = ("replica-sets", "replicas", "endpoints", "alerts", "decisions", "audit")
+NOUNS = ("replica-sets", "replicas", "endpoints", "alerts", "decisions", "audit", "nodes")
 VERBS: tuple[str, ...]
 VERBS = ("serve", "migrate", "apply", "get", "scale", "pause", "resume", "drain", "undrain", "cancel", "check", "demo")
-VERBS += ("freeze", "unfreeze", "why", "keys create", "keys list", "keys revoke")
+VERBS += ("freeze", "unfreeze", "why", "keys create", "keys list", "keys revoke", "nodes drain", "nodes undrain")
 OFFICE_BOX = """
 replica_sets:
   - name: office-box

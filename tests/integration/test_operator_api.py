@@ -44,7 +44,7 @@ SLURM_SET = {
     "max_replicas": 4,
     "slurm": {"time_limit_seconds": 3600},
 }
-READS = ["replica-sets", "replicas", "endpoints", "alerts", "decisions", "audit"]
+READS = ["replica-sets", "replicas", "endpoints", "alerts", "decisions", "audit", "nodes"]
 STORIES = ["replica-sets/a/why", "replicas/cp-a-1/why", "slurm-jobs/1/why"]
 VERBS = [
     ("PUT", "replica-sets/a"),
@@ -58,6 +58,8 @@ VERBS = [
     ("POST", "replicas/cp-a-1/drain"),
     ("POST", "replicas/cp-a-1/undrain"),
     ("POST", "replicas/cp-a-1/cancel"),
+    ("POST", "nodes/n1/drain"),
+    ("POST", "nodes/n1/undrain"),
 ]
 
 
