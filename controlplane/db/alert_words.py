@@ -114,9 +114,10 @@ async def record_deliveries(connection: Connection, arrivals: Iterable[Arrival])
 async def keep_newest(connection: Connection, told: Sequence[Alert], *, is_pulled: bool = False) -> int:
     """Returns how many levels this changed; the others it confirmed, or it was older.
 
-    The moment of a word is when the alert ended, or else when it began; of two with one moment the end counts. So a
-    delivery that fires and began before the known end is a late one. A pull that shows the same is not: the alert was
-    missing from an earlier list, because it was silenced or the source had just started.
+    The moment of a word is when the alert ended, or else when it began. Of two with one moment the later start counts,
+    which is a new episode, and of two with one start the end. So a delivery that fires and began before the known end
+    is a late one. A pull that shows the same is not: the alert was missing from an earlier list, because it was
+    silenced or the source had just started.
 
     What it asks for is judged while it fires and kept when it ends: also an end that only says "I cannot see any more"
     ends a pressure that was felt until then.
@@ -131,7 +132,8 @@ async def keep_newest(connection: Connection, told: Sequence[Alert], *, is_pulle
                    AS t (n integer, source text, org_id bigint, fingerprint text, alertname text, status text,
                          starts_at timestamptz, ends_at timestamptz, refreshed_at timestamptz, labels jsonb,
                          annotations jsonb, values jsonb, action text, step integer, ignored_reason text)
-             ORDER BY source, org_id, fingerprint, greatest(starts_at, ends_at) DESC, status = 'resolved' DESC, n DESC
+             ORDER BY source, org_id, fingerprint,
+                      greatest(starts_at, ends_at) DESC, starts_at DESC, status = 'resolved' DESC, n DESC
         ), before AS (
             SELECT a.source, a.org_id, a.fingerprint, a.status, a.starts_at
               FROM alerts a JOIN told USING (source, org_id, fingerprint)
@@ -151,8 +153,8 @@ async def keep_newest(connection: Connection, told: Sequence[Alert], *, is_pulle
                    step = CASE excluded.status WHEN 'firing' THEN excluded.step ELSE a.step END,
                    ignored_reason = CASE excluded.status WHEN 'firing' THEN excluded.ignored_reason
                                                          ELSE a.ignored_reason END
-             WHERE (greatest(excluded.starts_at, excluded.ends_at), excluded.status = 'resolved')
-                   >= (greatest(a.starts_at, a.ends_at), a.status = 'resolved')
+             WHERE (greatest(excluded.starts_at, excluded.ends_at), excluded.starts_at, excluded.status = 'resolved')
+                   >= (greatest(a.starts_at, a.ends_at), a.starts_at, a.status = 'resolved')
                 OR (%(is_pulled)s AND excluded.refreshed_at > a.refreshed_at)
             RETURNING source, org_id, fingerprint, status, starts_at
         )

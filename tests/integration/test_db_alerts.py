@@ -100,8 +100,8 @@ async def test_an_end_in_blindness_does_not_hide_that_more_was_wanted_until_then
     assert (pressure.up, pressure.last_up_at) == ((), after(5))
 
 
-_EPISODES = [(0, None), (0, 4), (5, None), (5, 6), (5, 7), (9, None)]
-"""One alert's life: fires, ends, fires again, ends (told twice, with two ends), fires."""
+_EPISODES = [(0, None), (0, 4), (4, None), (4, 6), (4, 7), (9, None), (9, 9)]
+"""One alert's life: fires, ends, fires again at once, ends (told twice, with two ends), fires, ends at once."""
 
 
 @pytest.fixture(scope="session")
