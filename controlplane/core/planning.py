@@ -34,11 +34,14 @@ from controlplane.core.types import (
 _FAILED_TO_START = frozenset({Reason.CRASHED, Reason.START_TIMEOUT, Reason.REJECTED})
 _LEAVING_ORDER = (Phase.PENDING, Phase.SUBMITTING, Phase.QUEUED, Phase.RUNNING)
 _NO_KNOWN_END = datetime.max.replace(tzinfo=UTC)
+_QUIET = timedelta(
+    seconds=1
+)  # between the two looks: a request that has just come shows in the engine's next step only
 
 
 @dataclass(frozen=True, slots=True)
 class PlanRules:
-    drain_settle: timedelta = timedelta(seconds=12)  # proxies notice a drain within this, even one that is not told
+    drain_settle: timedelta = timedelta(seconds=14)  # proxies notice a drain within this, even one that is not told
     first_back_off: timedelta = timedelta(seconds=10)  # after one failed start; doubles with each further one
     longest_back_off: timedelta = timedelta(minutes=10)
 
@@ -188,13 +191,14 @@ def _drained(replica: Replica, endpoint: Endpoint | None, now: datetime) -> Move
     if endpoint is None or endpoint.first_ready_at is None:
         return Move(replica, Phase.STOPPING)  # it had never been given a request
     if now >= replica.drain_deadline:
-        left = "unknown" if endpoint.running is None else endpoint.running + (endpoint.waiting or 0)
-        return Move(replica, Phase.STOPPING, message=f"drain deadline reached; requests cut: {left}")
+        left = None if endpoint.running is None else endpoint.running + (endpoint.waiting or 0)
+        message = f"drain deadline reached; requests cut: {'unknown' if left is None else left}"
+        return Move(replica, Phase.STOPPING, message=message, cut_requests=left)
     is_said_twice = (
         replica.idle_since is not None
         and is_idle(endpoint)
         and endpoint.confirmed_at is not None
-        and endpoint.confirmed_at > replica.idle_since
+        and endpoint.confirmed_at >= replica.idle_since + _QUIET
     )
     return Move(replica, Phase.STOPPING, message="drained: no request was left") if is_said_twice else None
 
