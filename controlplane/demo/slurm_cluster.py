@@ -115,6 +115,12 @@ class SlurmCluster(Server):
         """The unix socket on which slurmrestd needs no token; requests act as the job user."""
         return self.directory / "sock" / "slurmrestd.sock"
 
+    def port(self, name: str) -> int:
+        """The port of 127.0.0.1 on which a daemon listens."""
+        port = self._listens_at[name]
+        assert isinstance(port, int), f"{name} listens on a socket"
+        return port
+
     @property
     def jwt_key_file(self) -> Path:
         """The HS256 key of the cluster's tokens: power over every user's jobs. Only root and Slurm can read it."""

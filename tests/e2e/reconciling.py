@@ -48,6 +48,7 @@ class Reconciling:
     slurm: SlurmCluster
     client: SlurmClient
     instance_id: str
+    calls: list[tuple[str, str]]  # operation and outcome of every call of slurmrestd
 
     async def scale(self, replicas_wanted: int) -> None:
         await replica_sets.scale(self.db, SPEC.name, replicas=replicas_wanted, actor="test", now=utc_now())
@@ -102,9 +103,10 @@ async def reconciling(
         source = StaticToken(await lasting.read(utc_now()))
     options = SlurmOptions(url or slurm.url, slurm.user_name, source, submit_grace_seconds=submit_grace_seconds or 120)
     metrics = ControlPlaneMetrics(CollectorRegistry())
+    calls: list[tuple[str, str]] = []
     async with (
         Database(DatabaseOptions(database_url)) as db,
-        SlurmClient(options) as client,
+        SlurmClient(options, on_call=lambda operation, outcome, _: calls.append((operation, outcome))) as client,
         httpx.AsyncClient() as http,
     ):
         await replica_sets.apply(db, spec, actor="test", now=utc_now())
@@ -120,7 +122,7 @@ async def reconciling(
         probing = EndpointLoop(db, looking, utc_now, http)
         loops: list[Loop] = [ReplicaLoop(db, client, actor, rules, metrics, utc_now), probing]
         running = asyncio.create_task(Runner(db, loops, RunnerOptions("test"), metrics, utc_now).run())
-        seen = Reconciling(db, slurm, client, instance_id)
+        seen = Reconciling(db, slurm, client, instance_id, calls)
         try:
             yield seen
         finally:

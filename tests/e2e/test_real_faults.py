@@ -1,0 +1,255 @@
+"""Real servers that die or freeze at the moments that hurt. Whatever happens: a replica is one job, and runs once."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import httpx
+import pytest
+
+from controlplane.clock import utc_now
+from controlplane.core.types import JobState, Phase, Reason
+from controlplane.db import Database, DatabaseOptions, endpoints, leases, replica_sets, replicas
+from controlplane.demo.slurm_cluster import SlurmCluster
+from controlplane.slurm.tokens import MintedToken
+from tests.conftest import eventually
+from tests.e2e import plant
+from tests.e2e.plant import SHORT_WAITS, Plant, jobs_of, living, twins
+from tests.e2e.reconciling import reconciling
+from tests.e2e.relay import Relay
+from tests.e2e.slurm_matrix import release_under_test
+
+SUBMIT = b"/job/submit"
+
+
+@pytest.fixture(scope="module")
+def slurm(session_directory: Path) -> Iterator[SlurmCluster]:
+    """A cluster that may be broken: of this module, and quick to notice."""
+    directory = session_directory / "ill-slurm"
+    with SlurmCluster(directory, extra_conf=SHORT_WAITS, root=release_under_test()) as cluster:
+        yield cluster
+
+
+async def submits_of(db: Database) -> dict[str, int]:
+    """How often the intent to submit was written down, by replica."""
+    found: dict[str, int] = {}
+    for step in await replicas.load_history(db):
+        if step.to_phase is Phase.SUBMITTING:
+            found[step.replica] = found.get(step.replica, 0) + 1
+    return found
+
+
+async def messages_of(db: Database) -> list[str]:
+    return [step.message or "" for step in await replicas.load_history(db)]
+
+
+# --- slurmctld and slurmrestd ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", ["slurmrestd gives up", "slurmrestd is killed"])
+async def test_a_submit_into_a_frozen_controller_is_adopted_when_that_wakes(
+    slurm: SlurmCluster, database_url: str, end: str
+) -> None:
+    async def freeze() -> None:
+        slurm.kill("slurmctld", signal.SIGSTOP)
+
+    async with Relay(slurm.url) as relay, reconciling(slurm, database_url, url=relay.url) as site:
+        relay.before(SUBMIT, freeze)
+        await site.scale(1)
+        try:
+
+            async def is_under_way() -> bool:
+                return [replica.phase for replica in await site.live()] == [Phase.SUBMITTING]
+
+            await eventually(is_under_way)
+            if end == "slurmrestd is killed":
+                await until_slurmrestd_waits(slurm)
+                slurm.kill("slurmrestd")
+            await eventually(lambda: ("submit", "ambiguous") in site.calls, timeout_seconds=40)
+            assert await is_under_way(), "what is not known moves nothing"
+        finally:
+            slurm.kill("slurmctld", signal.SIGCONT)
+            if end == "slurmrestd is killed":
+                await asyncio.to_thread(slurm.restart, "slurmrestd")
+        await site.until_routable(1, timeout_seconds=60)
+        assert "found by name and adopted" in await messages_of(site.db)
+        assert list((await submits_of(site.db)).values()) == [1]
+        [job] = await jobs_of(slurm, site.db)
+        [replica] = await site.live()
+        assert job.job_id == replica.slurm_job_id
+
+
+async def until_slurmrestd_waits(slurm: SlurmCluster) -> None:
+    """Until it has sent the submit on: a connection to the frozen slurmctld holds bytes that nobody reads."""
+    port = slurm.port("slurmctld")
+
+    def is_sent() -> bool:
+        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        waiting = [row for row in rows if row[1].endswith(f":{port:04X}") and not row[4].endswith(":00000000")]
+        return len(waiting) > 0
+
+    await eventually(is_sent)
+
+
+async def test_a_job_that_the_controller_lost_with_its_id_is_replaced_and_the_next_owner_of_the_id_is_left_alone(
+    slurm: SlurmCluster, database_url: str
+) -> None:
+    async def lose() -> None:
+        slurm.kill("slurmctld")
+        slurm.kill("slurmrestd")  # so that the id is somebody else's before we can ask for a new one
+
+    async with Relay(slurm.url) as relay, reconciling(slurm, database_url, url=relay.url) as site:
+        await until_no_save_is_due(slurm)
+        relay.after(SUBMIT, lose)
+        await site.scale(1)
+
+        async def is_given() -> int | None:
+            given = await site.live()
+            return given[0].slurm_job_id if given else None
+
+        lost = await eventually(is_given)
+        [first] = await site.live()
+        await asyncio.to_thread(slurm.restart, "slurmctld")
+        others = int(await eventually(lambda: anothers_job(slurm), timeout_seconds=60))
+        try:
+            assert others == lost, "the controller gave the lost id again"
+            await asyncio.to_thread(slurm.restart, "slurmrestd")
+            assert (await site.until_ended(first.name)).reason is Reason.LOST
+            await site.until_routable(1, timeout_seconds=60)
+            await site.scale(0)
+            await site.until_routable(0)
+            await eventually(lambda: not site.jobs(), timeout_seconds=30)
+            assert f"{lost} PENDING others" in slurm.run("squeue", "--noheader", "--format=%i %T %j").splitlines()
+        finally:
+            slurm.run("scancel", "--name=others")
+        assert set((await submits_of(site.db)).values()) == {1}
+
+
+async def until_no_save_is_due(slurm: SlurmCluster) -> None:
+    """slurmctld writes its jobs down at once if it did not for some seconds, and then not again for some."""
+    state = slurm.directory / "state" / "job_state"
+    before = state.stat().st_mtime_ns if state.exists() else 0
+    anothers_job(slurm)
+    await eventually(lambda: state.exists() and state.stat().st_mtime_ns != before, timeout_seconds=20)
+
+
+def anothers_job(slurm: SlurmCluster) -> int:
+    """A job of another user, which waits for ever."""
+    command = ("--hold", "--job-name=others", "--uid=nobody", "--chdir=/", "--output=/dev/null", "--wrap=true")
+    return int(slurm.run("sbatch", "--parsable", *command))
+
+
+# --- slurmd ----------------------------------------------------------------------------------------------
+
+
+async def test_a_replica_on_a_node_that_falls_silent_is_replaced_and_its_process_is_never_taken_for_another(
+    slurm: SlurmCluster, database_url: str
+) -> None:
+    async with reconciling(slurm, database_url) as site:
+        await site.scale(1)
+        await site.until_routable(1)
+        [first] = await site.live()
+        [endpoint] = await endpoints.load_routable(site.db)
+        [job] = await jobs_of(slurm, site.db)
+        daemon = f"slurmd-{job.nodes}"
+        slurm.kill(daemon)
+        try:
+            ended = await site.until_ended(first.name, timeout_seconds=90)
+            assert ended.reason is Reason.NODE_FAIL
+            await site.until_routable(1, timeout_seconds=60)
+            [second] = await site.live()
+            assert second.name != first.name
+            headers = {"Authorization": f"Bearer {endpoint.api_key}"}
+            async with httpx.AsyncClient() as http:
+                answer = await http.get(f"{endpoint.url}/v1/models", headers=headers)
+            assert answer.is_success, "NODE_FAIL is no proof of death: it answers still"
+            assert endpoint.url not in {one.url for one in await endpoints.load_routable(site.db)}
+        finally:
+            await asyncio.to_thread(slurm.restart, daemon)
+        await eventually(slurm.is_ready, timeout_seconds=60)
+        await eventually(lambda: is_refused(endpoint.url), timeout_seconds=60)
+        assert await site.live() == (await replicas.load(site.db, second.name),)
+        assert twins(await jobs_of(slurm, site.db)) == []
+
+
+async def is_refused(url: str) -> bool:
+    async with httpx.AsyncClient() as http:
+        try:
+            await http.get(f"{url}/health")
+        except httpx.ConnectError:
+            return True
+    return False
+
+
+# --- two control planes ----------------------------------------------------------------------------------
+
+
+async def test_a_holder_that_is_frozen_amid_its_submits_and_wakes_up_late_submits_nothing_twice(
+    session_directory: Path, slurm: SlurmCluster, database_url: str
+) -> None:
+    """Its requests are on their way when it freezes, and arrive after the other one has given them up.
+
+    The tokens are of others here and outlive everything: only the holds, the names and the guards are left.
+    """
+    token = session_directory / "lasting-token"
+    lasting = MintedToken(slurm.jwt_key_file, slurm.user_name, timedelta(hours=1))
+    token.write_text(await lasting.read(utc_now()))
+    settings = {
+        "CONTROLPLANE_SLURM__JWT_KEY_FILE": "",
+        "CONTROLPLANE_SLURM__TOKEN_FILE": str(token),
+        "CONTROLPLANE_SLURM__SUBMIT_GRACE_SECONDS": "3",
+    }
+    up = Plant(session_directory / "plant", slurm, database_url, settings)
+    await asyncio.to_thread(up.start)
+    arrive = asyncio.Event()
+    try:
+        async with Relay(slurm.url) as relay, Database(DatabaseOptions(database_url)) as db:
+
+            async def freeze() -> None:
+                up.freeze("first")
+                await arrive.wait()
+
+            await replica_sets.apply(db, plant.SPEC, actor="test", now=utc_now())
+            await asyncio.to_thread(up.serve, "first", "control", {"CONTROLPLANE_SLURM__URL": relay.url})
+            await eventually(lambda: up.metric("first", "controlplane_lease_held") == 1)
+            await asyncio.to_thread(up.serve, "second", "control")
+            assert up.metric("second", "controlplane_lease_held") == 0
+            [lease] = await leases.load_held(db)
+
+            relay.before(SUBMIT, freeze)
+            await replica_sets.scale(db, plant.SPEC.name, replicas=3, actor="test", now=utc_now())
+            await eventually(lambda: up.metric("second", "controlplane_lease_held") == 1, timeout_seconds=30)
+            [taken] = await leases.load_held(db)
+            assert taken.term == lease.term + 1
+
+            async def all_routable() -> bool:
+                return len(await endpoints.load_routable(db)) == 3
+
+            await eventually(all_routable, timeout_seconds=60)
+            settled = {one.name: one.slurm_job_id for one in await replicas.load_live(db)}
+            arrive.set()  # the old requests make jobs now: twins of jobs that run
+            up.wake("first")
+            await eventually(lambda: up.said("first", "lease lost to another control plane"), timeout_seconds=30)
+
+            async def is_quiet() -> bool:
+                jobs = await jobs_of(slurm, db)
+                late = twins(jobs)
+                return len(late) > 0 and {job.name: job.job_id for job in living(jobs)} == settled
+
+            await eventually(is_quiet, timeout_seconds=60)
+            assert {one.name: one.slurm_job_id for one in await replicas.load_live(db)} == settled
+            assert all(job.state is JobState.CANCELLED for job in twins(await jobs_of(slurm, db)))
+
+            await replica_sets.scale(db, plant.SPEC.name, replicas=0, actor="test", now=utc_now())
+
+            async def is_empty() -> bool:
+                return not await replicas.load_live(db) and not living(await jobs_of(slurm, db))
+
+            await eventually(is_empty, timeout_seconds=60)
+    finally:
+        arrive.set()
+        await asyncio.to_thread(up.stop)
