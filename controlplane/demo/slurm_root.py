@@ -115,7 +115,7 @@ def made(suite: str) -> SlurmRoot:
 
 
 def _make(suite: str, path: Path, log: Path) -> None:
-    mirror = _mirror()
+    mirror = _mirror(suite, log)
     print(f"Fetching Debian {suite} with its Slurm from {mirror} into {path} ...", file=sys.stderr, flush=True)
     if path.exists():
         _run("rm", "-rf", "--one-file-system", str(path), suite=suite, log=log)
@@ -133,19 +133,21 @@ def _make(suite: str, path: Path, log: Path) -> None:
     _run(*inside, "clean", suite=suite, log=log)
 
 
-def _mirror() -> str:
+def _mirror(suite: str, log: Path) -> str:
     """Where this machine's own apt has Debian's main archive from."""
-    listed = subprocess.run(
-        [program("apt-get"), "indextargets", "--format", "$(REPO_URI) $(LABEL) $(COMPONENT)", "Created-By: Packages"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout
-    for line in listed.splitlines():
-        uri, _, label_and_component = line.partition(" ")
-        if label_and_component == "Debian main":
-            return uri
-    raise NoSuchRoot("apt of this machine names no mirror of Debian's main archive; run apt-get update first")
+    if (uri := _mirror_known_to_apt()) is None:
+        _run("apt-get", "update", suite=suite, log=log)  # it has not looked yet
+        uri = _mirror_known_to_apt()
+    if uri is None:
+        raise NoSuchRoot(f"Debian {suite} cannot be had: this machine's apt names no mirror of Debian's main archive")
+    return uri
+
+
+def _mirror_known_to_apt() -> str | None:
+    command = [program("apt-get"), "indextargets", "--format", "$(REPO_URI) $(LABEL) $(COMPONENT)"]
+    listed = subprocess.run([*command, "Created-By: Packages"], capture_output=True, text=True, check=False).stdout
+    named = (line.partition(" ") for line in listed.splitlines())
+    return next((uri for uri, _, label_and_component in named if label_and_component == "Debian main"), None)
 
 
 def _run(*command: str, suite: str, log: Path) -> None:

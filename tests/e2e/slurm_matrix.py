@@ -19,7 +19,13 @@ from controlplane.demo.slurm_root import NoSuchRoot, SlurmRoot, made
 ROOT_VARIABLE = "CONTROLPLANE_TESTS_SLURM_ROOT"
 SUITES = (None, "trixie", "sid")  # of Debian; None: this machine's own
 FOLDER = Path(__file__).parent
-TESTS = ("test_slurm_client.py", "test_reconciler.py", "test_real_faults.py", "test_drains.py")
+TESTS = (
+    "test_slurm_client.py",
+    "test_reconciler.py",
+    "test_real_faults.py",
+    "test_drains.py",
+    "test_kill_rounds.py",
+)
 
 
 def release_under_test() -> SlurmRoot | None:

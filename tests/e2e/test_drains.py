@@ -13,7 +13,6 @@ import pytest
 
 from controlplane.clock import utc_now
 from controlplane.core.types import Phase, Reason, VllmOptions
-from controlplane.core.verbs import Verb
 from controlplane.db import Database, DatabaseOptions, endpoints, replica_sets, replicas
 from controlplane.demo.postgres import PrivatePostgres
 from controlplane.demo.slurm_cluster import SlurmCluster
@@ -126,7 +125,7 @@ async def test_at_its_deadline_a_drain_cuts_what_is_left_and_tells_its_clients_a
         streams = streams_of(up, spec.model)
         await streams.open(4, tokens=1200)
         await streams.open(6, tokens=8)
-        await replicas.obey(db, name, Verb.DRAIN, actor="test", now=utc_now())
+        await replica_sets.scale(db, spec.name, replicas=0, actor="test", now=utc_now())
         assert await streams.all_ended() == {WHOLE: 6, CUT: 4}
 
         async def ended() -> bool:
@@ -134,9 +133,8 @@ async def test_at_its_deadline_a_drain_cuts_what_is_left_and_tells_its_clients_a
 
         await eventually(ended, timeout_seconds=30)
         cut = await replicas.load(db, name)
-        assert (cut.cut_requests, cut.reason) == (4, Reason.DRAINED_BY_OPERATOR)
+        assert (cut.cut_requests, cut.reason) == (4, Reason.SCALED_DOWN)
         assert up.metric("control", f'controlplane_requests_cut_total{{replica_set="{spec.name}"}}') == 4
         seen = [up.metric(one, f'proxy_broken_streams_total{{model="{spec.model}"}}') for one in PROXIES]
         assert sum(seen) == 4
-        await replica_sets.scale(db, spec.name, replicas=0, actor="test", now=utc_now())
         await until_gone(up, db, left=0)
