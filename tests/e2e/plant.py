@@ -31,8 +31,8 @@ SPEC = ReplicaSetSpec(
     start_timeout_seconds=60,
     drain_timeout_seconds=120,
 )
-SHORT_WAITS = ("SlurmdTimeout=5", "MessageTimeout=4", "KillWait=2")
-"""For slurm.conf: nodes that are silent fail soon, and a cancelled job is not left ten seconds to end."""
+SHORT_WAITS = ("MessageTimeout=4", "KillWait=2")
+"""For slurm.conf: who does not answer is given up soon, and a cancelled job is not left ten seconds to end."""
 
 _READY_SECONDS = 60.0
 

@@ -114,7 +114,8 @@ async def reconciling(
             await connection.execute("UPDATE installation SET instance_id = DEFAULT")
         instance_id = await slurm_jobs.instance_id(db)
         actions = ActionOptions(slurm.jobs_directory, ScriptOptions(shutdown_timeout_seconds=5), instance_id)
-        actor = Actor(db, client, actions, utc_now, random.Random(7))
+        # no seed: it draws ports, and another session of tests may run beside this one
+        actor = Actor(db, client, actions, utc_now, random.Random())
         settle = PlanRules(drain_settle=timedelta(seconds=2))
         rules = ReplicaOptions(instance_id, interval_seconds=0.3, orphan_grace=orphan_grace, rules=settle)
         limits = ProbeLimits(token_timeout_seconds=token_timeout_seconds)

@@ -28,9 +28,18 @@ SUBMIT = b"/job/submit"
 
 @pytest.fixture(scope="module")
 def slurm(session_directory: Path) -> Iterator[SlurmCluster]:
-    """A cluster that may be broken: of this module, and quick to notice."""
+    """A cluster that may be broken."""
     directory = session_directory / "ill-slurm"
     with SlurmCluster(directory, extra_conf=SHORT_WAITS, root=release_under_test()) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def impatient_slurm(session_directory: Path) -> Iterator[SlurmCluster]:
+    """One that soon declares a silent node down, also for no other fault than a slurmctld that stood still."""
+    directory = session_directory / "impatient-slurm"
+    conf = (*SHORT_WAITS, "SlurmdTimeout=5")
+    with SlurmCluster(directory, nodes=2, extra_conf=conf, root=release_under_test()) as cluster:
         yield cluster
 
 
@@ -139,7 +148,7 @@ async def until_no_save_is_due(slurm: SlurmCluster) -> None:
 
 def anothers_job(slurm: SlurmCluster) -> int:
     """A job of another user, which waits for ever."""
-    command = ("--hold", "--job-name=others", "--uid=nobody", "--chdir=/", "--output=/dev/null", "--wrap=true")
+    command = ("--hold", "--job-name=others", "--uid=backup", "--chdir=/", "--output=/dev/null", "--wrap=true")
     return int(slurm.run("sbatch", "--parsable", *command))
 
 
@@ -147,8 +156,9 @@ def anothers_job(slurm: SlurmCluster) -> int:
 
 
 async def test_a_replica_on_a_node_that_falls_silent_is_replaced_and_its_process_is_never_taken_for_another(
-    slurm: SlurmCluster, database_url: str
+    impatient_slurm: SlurmCluster, database_url: str
 ) -> None:
+    slurm = impatient_slurm
     async with reconciling(slurm, database_url) as site:
         await site.scale(1)
         await site.until_routable(1)
@@ -182,6 +192,8 @@ async def is_refused(url: str) -> bool:
             await http.get(f"{url}/health")
         except httpx.ConnectError:
             return True
+        except httpx.HTTPError:
+            return False  # it is about to go
     return False
 
 
