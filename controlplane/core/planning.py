@@ -34,9 +34,7 @@ from controlplane.core.types import (
 _FAILED_TO_START = frozenset({Reason.CRASHED, Reason.START_TIMEOUT, Reason.REJECTED})
 _LEAVING_ORDER = (Phase.PENDING, Phase.SUBMITTING, Phase.QUEUED, Phase.RUNNING)
 _NO_KNOWN_END = datetime.max.replace(tzinfo=UTC)
-_QUIET = timedelta(
-    seconds=1
-)  # between the two looks: a request that has just come shows in the engine's next step only
+_QUIET = timedelta(seconds=1)  # between two looks that say idle: what has just come does not show at once
 
 
 @dataclass(frozen=True, slots=True)

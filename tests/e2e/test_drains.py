@@ -79,7 +79,8 @@ async def test_no_stream_breaks_while_replicas_are_drained_undrained_rolled_and_
         drained, *_ = await until_serving(db, 3)
         streams = streams_of(up, SPEC.model)
         async with streams.trickle():
-            await streams.open(50, tokens=80)
+            await streams.open(44, tokens=80)
+            await streams.open(6, tokens=200)  # some for each, so that no drain is over before it is undone
             await say(up, "drain", drained)
 
             async def successor() -> bool:

@@ -214,6 +214,7 @@ async def test_a_holder_that_is_frozen_amid_its_submits_and_wakes_up_late_submit
         "CONTROLPLANE_SLURM__JWT_KEY_FILE": "",
         "CONTROLPLANE_SLURM__TOKEN_FILE": str(token),
         "CONTROLPLANE_SLURM__SUBMIT_GRACE_SECONDS": "3",
+        "CONTROLPLANE_RECONCILE__LEASE_SECONDS": "5",  # so that a slow machine does not lose it by itself
     }
     up = Plant(session_directory / "plant", slurm, database_url, settings)
     await asyncio.to_thread(up.start)
