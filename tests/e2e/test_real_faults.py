@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,6 +26,8 @@ from tests.e2e.relay import Relay
 from tests.e2e.slurm_matrix import release_under_test
 
 SUBMIT = b"/job/submit"
+LIST = b"/jobs HTTP"
+HOLDS = "controlplane_lease_held"
 
 
 @pytest.fixture(scope="module")
@@ -200,69 +204,143 @@ async def is_refused(url: str) -> bool:
 # --- two control planes ----------------------------------------------------------------------------------
 
 
-async def test_a_holder_that_is_frozen_amid_its_submits_and_wakes_up_late_submits_nothing_twice(
-    session_directory: Path, slurm: SlurmCluster, database_url: str
-) -> None:
-    """Its requests are on their way when it freezes, and arrive after the other one has given them up.
+@dataclass(frozen=True, slots=True)
+class Two:
+    """`first` holds the lease and reaches Slurm through the relay; `second` waits for the lease.
 
-    The tokens are of others here and outlive everything: only the holds, the names and the guards are left.
+    Their tokens are of others and outlive everything: only the holds, the names, the guards and the clock are left.
+    While the gate is there, `first` waits for its next token.
     """
-    token = session_directory / "lasting-token"
+
+    up: Plant
+    relay: Relay
+    db: Database
+    gate: Path
+    first_term: int
+
+    async def scale(self, count: int) -> None:
+        await replica_sets.scale(self.db, plant.SPEC.name, replicas=count, actor="test", now=utc_now())
+
+    async def until_taken_over(self) -> None:
+        await eventually(lambda: self.up.metric("second", HOLDS) == 1, timeout_seconds=30)
+        [lease] = await leases.load_held(self.db)
+        assert lease.term == self.first_term + 1
+
+    async def wake_up(self) -> None:
+        self.up.wake("first")
+        await eventually(lambda: self.up.said("first", "lease lost to another control plane"), timeout_seconds=30)
+
+    async def intended(self) -> dict[str, int | None]:
+        return {one.name: one.slurm_job_id for one in await replicas.load_live(self.db)}
+
+    async def live_jobs(self) -> dict[str, int]:
+        return {job.name: job.job_id for job in living(await jobs_of(self.up.slurm, self.db))}
+
+
+@pytest.fixture
+def directory(session_directory: Path) -> Path:
+    path = session_directory / "two"
+    path.mkdir(exist_ok=True)
+    return path
+
+
+@asynccontextmanager
+async def two_control_planes(directory: Path, slurm: SlurmCluster, database_url: str) -> AsyncIterator[Two]:
+    token, gate, command = (directory / name for name in ("token", "gate", "command"))
     lasting = MintedToken(slurm.jwt_key_file, slurm.user_name, timedelta(hours=1))
     token.write_text(await lasting.read(utc_now()))
+    command.write_text(f"#!/bin/sh\nwhile [ -e {gate} ]; do sleep 0.05; done\ncat {token}\n")
+    command.chmod(0o755)
     settings = {
         "CONTROLPLANE_SLURM__JWT_KEY_FILE": "",
-        "CONTROLPLANE_SLURM__TOKEN_FILE": str(token),
+        "CONTROLPLANE_SLURM__TOKEN_COMMAND": str(command),
         "CONTROLPLANE_SLURM__SUBMIT_GRACE_SECONDS": "3",
-        "CONTROLPLANE_RECONCILE__LEASE_SECONDS": "5",  # so that a slow machine does not lose it by itself
+        "CONTROLPLANE_RECONCILE__LEASE_SECONDS": "4",  # so that a slow machine does not lose it by itself
     }
-    up = Plant(session_directory / "plant", slurm, database_url, settings)
+    others = {"CONTROLPLANE_SLURM__TOKEN_COMMAND": "", "CONTROLPLANE_SLURM__TOKEN_FILE": str(token)}
+    up = Plant(directory / "plant", slurm, database_url, settings)
     await asyncio.to_thread(up.start)
-    arrive = asyncio.Event()
     try:
         async with Relay(slurm.url) as relay, Database(DatabaseOptions(database_url)) as db:
-
-            async def freeze() -> None:
-                up.freeze("first")
-                await arrive.wait()
-
             await replica_sets.apply(db, plant.SPEC, actor="test", now=utc_now())
             await asyncio.to_thread(up.serve, "first", "control", {"CONTROLPLANE_SLURM__URL": relay.url})
-            await eventually(lambda: up.metric("first", "controlplane_lease_held") == 1)
-            await asyncio.to_thread(up.serve, "second", "control")
-            assert up.metric("second", "controlplane_lease_held") == 0
+            await eventually(lambda: up.metric("first", HOLDS) == 1)
             [lease] = await leases.load_held(db)
-
-            relay.before(SUBMIT, freeze)
-            await replica_sets.scale(db, plant.SPEC.name, replicas=3, actor="test", now=utc_now())
-            await eventually(lambda: up.metric("second", "controlplane_lease_held") == 1, timeout_seconds=30)
-            [taken] = await leases.load_held(db)
-            assert taken.term == lease.term + 1
-
-            async def all_routable() -> bool:
-                return len(await endpoints.load_routable(db)) == 3
-
-            await eventually(all_routable, timeout_seconds=60)
-            settled = {one.name: one.slurm_job_id for one in await replicas.load_live(db)}
-            arrive.set()  # the old requests make jobs now: twins of jobs that run
-            up.wake("first")
-            await eventually(lambda: up.said("first", "lease lost to another control plane"), timeout_seconds=30)
-
-            async def is_quiet() -> bool:
-                jobs = await jobs_of(slurm, db)
-                late = twins(jobs)
-                return len(late) > 0 and {job.name: job.job_id for job in living(jobs)} == settled
-
-            await eventually(is_quiet, timeout_seconds=60)
-            assert {one.name: one.slurm_job_id for one in await replicas.load_live(db)} == settled
-            assert all(job.state is JobState.CANCELLED for job in twins(await jobs_of(slurm, db)))
-
-            await replica_sets.scale(db, plant.SPEC.name, replicas=0, actor="test", now=utc_now())
-
-            async def is_empty() -> bool:
-                return not await replicas.load_live(db) and not living(await jobs_of(slurm, db))
-
-            await eventually(is_empty, timeout_seconds=60)
+            await asyncio.to_thread(up.serve, "second", "control", others)
+            assert up.metric("second", HOLDS) == 0
+            yield Two(up, relay, db, gate, lease.term)
     finally:
-        arrive.set()
+        gate.unlink(missing_ok=True)
         await asyncio.to_thread(up.stop)
+
+
+async def test_a_holder_that_is_frozen_before_its_submit_and_wakes_up_late_submits_nothing(
+    directory: Path, slurm: SlurmCluster, database_url: str
+) -> None:
+    """The worst moment: the intent is written down, and the request has not left."""
+    async with two_control_planes(directory, slurm, database_url) as two:
+
+        async def close_gate() -> None:
+            two.gate.touch()
+
+        async def phases() -> list[Phase]:
+            return [one.phase for one in await replicas.load_live(two.db)]
+
+        async def is_pending() -> bool:
+            return await phases() == [Phase.PENDING]
+
+        async def is_submitting() -> bool:
+            return await phases() == [Phase.SUBMITTING]
+
+        async def is_up() -> bool:
+            return len(await endpoints.load_routable(two.db)) == 1
+
+        slurm.kill("slurmrestd")  # nothing is submitted while no list can be had: so the next list is the last call
+        try:
+            await two.scale(1)
+            await eventually(is_pending, timeout_seconds=30)
+            two.relay.after(LIST, close_gate)
+        finally:
+            await asyncio.to_thread(slurm.restart, "slurmrestd")
+        await eventually(is_submitting, timeout_seconds=30)
+        two.up.freeze("first")
+        await two.until_taken_over()
+        await eventually(is_up, timeout_seconds=60)
+        settled = await two.intended()
+        assert list((await submits_of(two.db)).values()) == [2], "the second one had to ask again"
+        two.gate.unlink()
+        await two.wake_up()
+        await eventually(lambda: two.up.said("first", "submit of "), timeout_seconds=30)
+        assert twins(await jobs_of(slurm, two.db)) == []
+        assert await two.live_jobs() == await two.intended() == settled
+
+
+async def test_submits_of_a_frozen_holder_that_arrive_late_make_held_twins_which_never_run(
+    directory: Path, slurm: SlurmCluster, database_url: str
+) -> None:
+    """Its requests are on their way when it freezes, and arrive after the other one has given them up."""
+    arrive = asyncio.Event()
+    async with two_control_planes(directory, slurm, database_url) as two:
+
+        async def freeze() -> None:
+            two.up.freeze("first")
+            await arrive.wait()
+
+        async def are_up() -> bool:
+            return len(await endpoints.load_routable(two.db)) == 3
+
+        async def is_quiet() -> bool:
+            return len(twins(await jobs_of(slurm, two.db))) > 0 and await two.live_jobs() == settled
+
+        two.relay.before(SUBMIT, freeze)
+        try:
+            await two.scale(3)
+            await two.until_taken_over()
+            await eventually(are_up, timeout_seconds=60)
+            settled = await two.intended()
+        finally:
+            arrive.set()
+        await two.wake_up()
+        await eventually(is_quiet, timeout_seconds=60)
+        assert await two.intended() == settled
+        assert all(job.state is JobState.CANCELLED for job in twins(await jobs_of(slurm, two.db)))
