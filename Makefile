@@ -10,7 +10,7 @@ SYSTEM_PYTHON = $(shell for python in /usr/bin/python3 python3; do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slurm-matrix kill-rounds check lock clean packages python
+.PHONY: help setup demo test test-slurm-matrix kill-rounds bench-webhooks check lock clean packages python
 
 help: ## say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ ROUNDS := 100
 SEED :=
 kill-rounds: setup ## kill the control plane ROUNDS times at random moments; SEED repeats a run
 	@$(PYTHON) -m tests.e2e.kill_rounds --rounds $(ROUNDS) $(if $(SEED),--seed $(SEED))
+
+bench-webhooks: setup ## offer 1,000 webhook posts a second for 10 s, and look for each accepted one in the database
+	@$(PYTHON) -m tests.benchmarks.webhooks
 
 check: python ## lint, formatting, types, and who may import whom
 	@$(VENV)/bin/ruff check

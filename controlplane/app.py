@@ -21,7 +21,7 @@ from prometheus_client import CollectorRegistry
 from controlplane import proxy, web
 from controlplane.clock import utc_now
 from controlplane.core.planning import PlanRules
-from controlplane.db import Database, DatabaseError, DatabaseOptions, slurm_jobs
+from controlplane.db import PULL_CHANNEL, Database, DatabaseError, DatabaseOptions, slurm_jobs
 from controlplane.dependencies import DatabaseWatch, SlurmWatch
 from controlplane.metrics import ControlPlaneMetrics, ProxyMetrics
 from controlplane.reconcile.actions import ActionOptions, Actor
@@ -32,6 +32,7 @@ from controlplane.reconcile.loop import Loop, Runner, RunnerOptions
 from controlplane.reconcile.pauses import PauseLoop, PauseOptions
 from controlplane.reconcile.probe import ProbeLimits
 from controlplane.reconcile.replicas import ReplicaLoop, ReplicaOptions
+from controlplane.reconcile.staleness import StalenessLoop, StalenessOptions
 from controlplane.servers import Duty, Server, run_until_stopped
 from controlplane.settings import Settings
 from controlplane.slurm.client import SlurmClient, SlurmOptions
@@ -108,16 +109,16 @@ async def _reconcile(
     await database.ready.wait()
     endpoint_loop = EndpointLoop(db, endpoint_options(settings), utc_now, http)
     loops: list[Loop] = [endpoint_loop, PauseLoop(db, PauseOptions()), JanitorLoop(db, JanitorOptions())]
+    loops.append(StalenessLoop(db, StalenessOptions(stale_after=stale_after(settings))))
     if sources := alert_sources(settings):
-        pull = AlertPullOptions(sources, interval_seconds=settings.alerts.pull_interval_seconds)
-        loops.append(AlertPullLoop(db, pull, http))
+        loops.append(AlertPullLoop(db, pull_options(settings, sources), http))
     if slurm is not None:
         instance_id = await _instance_id(db)
         actor = Actor(db, slurm, action_options(settings, instance_id), utc_now, SystemRandom())
         loops.append(ReplicaLoop(db, slurm, actor, replica_options(settings, instance_id), metrics, utc_now))
     # containers may share a host name and all have the process id 1
     holder = f"{socket.gethostname()}/{os.getpid()}/{secrets.token_hex(4)}"
-    options = RunnerOptions(holder, settings.reconcile.lease_seconds)
+    options = RunnerOptions(holder, settings.reconcile.lease_seconds, channels={AlertPullLoop.name: PULL_CHANNEL})
     try:
         await Runner(db, loops, options, metrics, utc_now).run()
     finally:
@@ -162,6 +163,7 @@ def web_options(settings: Settings) -> web.WebOptions:
         operators=tuple(web.OperatorToken(one.name, one.secret.get_secret_value()) for one in settings.operator.tokens),
         script=script_options(settings),
         max_body_bytes=webhook.max_body_bytes,
+        max_waiting=webhook.max_waiting,
     )
 
 
@@ -193,6 +195,17 @@ def alert_sources(settings: Settings) -> list[AlertSource]:
     return sources
 
 
+def pull_options(settings: Settings, sources: list[AlertSource]) -> AlertPullOptions:
+    chosen = settings.alerts
+    return AlertPullOptions(
+        sources, interval_seconds=chosen.pull_interval_seconds, absence_seconds=chosen.absence_seconds
+    )
+
+
+def stale_after(settings: Settings) -> timedelta:
+    return timedelta(seconds=settings.alerts.stale_after_seconds)
+
+
 def replica_options(settings: Settings, instance_id: str) -> ReplicaOptions:
     # a proxy that an announcement does not reach hears of a drain by its next full read, and what it chose just before
     # may still have to connect
@@ -202,7 +215,7 @@ def replica_options(settings: Settings, instance_id: str) -> ReplicaOptions:
     return ReplicaOptions(
         instance_id,
         interval_seconds=settings.reconcile.interval_seconds,
-        stale_after=timedelta(seconds=settings.alerts.stale_after_seconds),
+        stale_after=stale_after(settings),
         rules=PlanRules(drain_settle=drain_settle),
     )
 

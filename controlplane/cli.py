@@ -49,7 +49,7 @@ cli = typer.Typer(
 cli.add_typer(cli_keys.cli, name="keys", rich_help_panel=_ACCESS)
 
 Role = Literal["all", "control", "proxy"]
-Noun = Literal["replica-sets", "replicas", "endpoints", "alerts", "decisions"]
+Noun = Literal["replica-sets", "replicas", "endpoints", "alerts", "decisions", "audit"]
 Output = Literal["table", "wide", "json"]
 
 
@@ -59,7 +59,7 @@ def main() -> None:
 
 SetName = Annotated[str, typer.Argument(help="Its name.", show_default=False)]
 ReplicaName = Annotated[str, typer.Argument(help="Its name, cp-<set>-<number>.", show_default=False)]
-Reason = Annotated[str | None, typer.Option(help="Kept with the decision, for those who ask later.")]
+Reason = Annotated[str | None, typer.Option(help="Kept, for those who ask why later.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be; change nothing.")]
 
 
@@ -184,11 +184,39 @@ def get(
         bool, typer.Option("--all", help="Also what is over: ended replicas, resolved alerts.")
     ] = False,
 ) -> None:
-    """Show replica sets, replicas, endpoints, alerts or decisions."""
+    """Show replica sets, replicas, endpoints, alerts, decisions, or what operators said."""
     from controlplane import cli_get
 
     look = cli_get.watch if watch else cli_get.show
     with_db(lambda db: look(db, noun, output, table_console(), show_all=show_all))
+
+
+@cli.command(
+    rich_help_panel=_SETS,
+    epilog="[bold]Examples[/]\n\ncontrolplane why qwen3-8b\n\ncontrolplane why cp-qwen3-8b-12 --at -10m\n\n"
+    "controlplane why 4711 -o json",
+)
+def why(
+    subject: Annotated[
+        str,
+        typer.Argument(metavar="SET|REPLICA|JOBID", help="Of what: its name, or a Slurm job's id.", show_default=False),
+    ],
+    at: Annotated[
+        str | None, typer.Option(help="As it was then: a time with its zone, or how long ago: -90s, -10m, -2h, -3d.")
+    ] = None,
+    output: Annotated[Literal["text", "json"], typer.Option("--output", "-o", help="json is the operators' API's.")] = (
+        "text"
+    ),
+) -> None:
+    """Say why it is as it is: alert, rule, values, decision, refusals, replica, job, endpoint, drain, end; in UTC."""
+    from controlplane import cli_why
+    from controlplane.core.times import parse_moment
+
+    try:
+        moment = None if at is None else parse_moment(at, utc_now())
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--at") from None
+    with_db(lambda db: cli_why.show(db, subject, moment, output, table_console()))
 
 
 @cli.command(
@@ -323,27 +351,29 @@ def _in_words(after: ReplicaSet) -> str:
 
 
 @cli.command(rich_help_panel=_REPLICAS)
-def drain(replica: ReplicaName, dry_run: DryRun = False) -> None:
+def drain(replica: ReplicaName, reason: Reason = None, dry_run: DryRun = False) -> None:
     """Give a replica no new requests, let those in flight finish, then end its job."""
-    _obey(replica, Verb.DRAIN, dry_run)
+    _obey(replica, Verb.DRAIN, reason, dry_run)
 
 
 @cli.command(rich_help_panel=_REPLICAS)
-def undrain(replica: ReplicaName, dry_run: DryRun = False) -> None:
+def undrain(replica: ReplicaName, reason: Reason = None, dry_run: DryRun = False) -> None:
     """Undo a drain, as long as the job was not asked to end."""
-    _obey(replica, Verb.UNDRAIN, dry_run)
+    _obey(replica, Verb.UNDRAIN, reason, dry_run)
 
 
 @cli.command(rich_help_panel=_REPLICAS)
-def cancel(replica: ReplicaName, dry_run: DryRun = False) -> None:
+def cancel(replica: ReplicaName, reason: Reason = None, dry_run: DryRun = False) -> None:
     """End a replica's job now; its requests in flight break off. Prefer drain."""
-    _obey(replica, Verb.CANCEL, dry_run)
+    _obey(replica, Verb.CANCEL, reason, dry_run)
 
 
-def _obey(name: str, verb: Verb, dry_run: bool) -> None:
+def _obey(name: str, verb: Verb, reason: str | None, dry_run: bool) -> None:
     from controlplane.db import replicas
 
-    obeyed = with_db(lambda db: replicas.obey(db, name, verb, actor=actor(), now=utc_now(), dry_run=dry_run))
+    obeyed = with_db(
+        lambda db: replicas.obey(db, name, verb, actor=actor(), now=utc_now(), reason=reason, dry_run=dry_run)
+    )
     nothing = "" if obeyed.is_changed else ", as before"
     typer.echo(f"{obeyed.replica.name} is {obeyed.replica.phase}{nothing}{_dry(dry_run)}")
 

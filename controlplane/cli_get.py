@@ -23,8 +23,19 @@ from rich.table import Table
 from rich.text import Text
 
 from controlplane.clock import utc_now
+from controlplane.core.pending import explain, word_of
 from controlplane.core.types import EXISTING_PHASES, Phase
-from controlplane.db import Database, DbUnavailable, alerts, decisions, endpoints, replica_sets, replicas
+from controlplane.db import (
+    Database,
+    DbUnavailable,
+    alerts,
+    audit,
+    decisions,
+    endpoints,
+    replica_sets,
+    replicas,
+    slurm_jobs,
+)
 from controlplane.web import documents
 from controlplane.web.documents import Document
 
@@ -34,6 +45,7 @@ _WATCH_SECONDS = 1.0
 _COLOURS = {
     **dict.fromkeys(("READY", "RUNNING", "yes", "serves"), "green"),
     **dict.fromkeys(("PENDING", "SUBMITTING", "QUEUED", "UNPROVEN", "DRAINING", "STOPPING", "paused"), "yellow"),
+    "stale": "yellow",
     **dict.fromkeys(("FAILING", "firing"), "red"),
     **dict.fromkeys(("ENDED", "resolved"), "dim"),
 }
@@ -149,8 +161,27 @@ async def _replicas(db: Database, show_all: bool) -> list[Document]:
     live = await replicas.load_live(db)
     ended = [one for one in await replicas.load_newest(db, limit=_MOST_SHOWN) if one.phase is Phase.ENDED]
     health = {one.replica: one.health for one in await endpoints.load_live(db)}
+    waiting = {one.replica: _waiting(one) for one in await slurm_jobs.load_pending(db)}
     shown = sorted([*live, *(ended if show_all else ())], key=lambda one: one.id)
-    return [{**documents.replica_document(one), "endpoint_health": health.get(one.name)} for one in shown]
+    return [
+        {
+            **documents.replica_document(one),
+            "endpoint_health": health.get(one.name),
+            "pending": waiting.get(one.name) if one.phase is Phase.QUEUED else None,
+        }
+        for one in shown
+    ]
+
+
+def _waiting(job: slurm_jobs.PendingJob) -> Document:
+    """What Slurm lets a job wait for, and what can be done about it."""
+    waiting = explain(job.state_reason)
+    return {
+        "state_reason": job.state_reason or "None",
+        "since": job.since.isoformat(),
+        "meaning": waiting.meaning,
+        "remedy": waiting.remedy_for(job.replica_set, job.job_id),
+    }
 
 
 async def _endpoints(db: Database, _show_all: bool) -> list[Document]:
@@ -165,6 +196,10 @@ async def _alerts(db: Database, show_all: bool) -> list[Document]:
 
 async def _decisions(db: Database, _show_all: bool) -> list[Document]:
     return [documents.decision_document(one) for one in await decisions.load_newest(db, limit=_MOST_SHOWN)]
+
+
+async def _audit(db: Database, _show_all: bool) -> list[Document]:
+    return [documents.said_document(one) for one in await audit.load_newest(db, limit=_MOST_SHOWN)]
 
 
 # --- showing ---------------------------------------------------------------------------------------------
@@ -209,6 +244,10 @@ def _target(one: Document, _now: datetime) -> str:
     return " ".join(f"{name}={labels[name]}" for name in ("model", "replica_set", "replica", "node") if name in labels)
 
 
+def _waits_for(name: str) -> Callable[[Document, datetime], object]:
+    return lambda one, _: one["pending"] and one["pending"][name]
+
+
 def _explanation(one: Document, _now: datetime) -> Any:
     return one["latest_decision"] and one["latest_decision"]["explanation"]
 
@@ -240,10 +279,13 @@ VIEWS: Mapping[str, View] = {
             Column("since", _age("phase_since")),
             Column("reason", _field("reason")),
             Column("job", _field("slurm_job_id")),
+            Column("waits for", lambda one, _: one["pending"] and word_of(one["pending"]["state_reason"])),
             Column("endpoint", _field("endpoint_health")),
             Column("age", _age("created_at")),
             Column("port", _field("port"), is_wide=True),
             Column("message", _field("message"), is_wide=True),
+            Column("it waits because", _waits_for("meaning"), is_wide=True),
+            Column("what to do", _waits_for("remedy"), is_wide=True),
         ),
         "There is no live replica; `--all` shows those that ended.",
     ),
@@ -269,7 +311,7 @@ VIEWS: Mapping[str, View] = {
         ("source", "org_id", "fingerprint"),
         (
             Column("alert", _field("alertname")),
-            Column("status", _field("status")),
+            Column("status", lambda one, _: "stale" if one["stale_since"] else one["status"]),
             Column("action", _field("action")),
             Column("target", _target),
             Column("since", _age("starts_at")),
@@ -293,5 +335,17 @@ VIEWS: Mapping[str, View] = {
             Column("alerts", lambda one, _: ", ".join(one["alerts"]), is_wide=True),
         ),
         "Nothing was decided yet.",
+    ),
+    "audit": View(
+        _audit,
+        ("at", "actor", "kind", "subject", "words"),
+        (
+            Column("ago", _age("at")),
+            Column("actor", _field("actor")),
+            Column("kind", _field("kind")),
+            Column("subject", _field("subject")),
+            Column("what", _field("words")),
+        ),
+        "Nobody said anything yet.",
     ),
 }

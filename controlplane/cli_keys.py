@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from controlplane.cli_session import table_console, with_db
+from controlplane.cli_session import actor, table_console, with_db
 from controlplane.clock import utc_now
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def create(
 
     now = utc_now()
     expires_at = now + timedelta(days=expires_in_days) if expires_in_days else None
-    key, made = with_db(lambda db: keys.create(db, tenant, models=model, expires_at=expires_at, now=now))
+    key, made = with_db(lambda db: keys.create(db, tenant, models=model, expires_at=expires_at, actor=actor(), now=now))
     if output == "json":
         typer.echo(json.dumps({"key": key, **_document(made)}, indent=2))
     else:
@@ -68,7 +68,7 @@ def revoke(
     """Make a key worthless, for good."""
     from controlplane.db import keys
 
-    revoked = with_db(lambda db: keys.revoke(db, prefix, utc_now()))
+    revoked = with_db(lambda db: keys.revoke(db, prefix, utc_now(), actor=actor()))
     typer.echo(f"{revoked.prefix} of {revoked.tenant} is revoked")
 
 

@@ -98,4 +98,7 @@ def remedy_for(error: SlurmError) -> str:
     """What an operator can do about Slurm's not answering as it should."""
     if isinstance(error, SlurmForbidden):
         return "renew the Slurm token, and see that it belongs to CONTROLPLANE_SLURM__USER_NAME"
-    return "see that slurmrestd and slurmctld run and that CONTROLPLANE_SLURM__URL is right"
+    return (
+        "see that slurmrestd and slurmctld run, that CONTROLPLANE_SLURM__URL is right, and that the token is good: "
+        "Slurm 22.05 answers a bad one as if its controller were dead"
+    )

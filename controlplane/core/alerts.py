@@ -7,11 +7,11 @@ names a replica set of tomorrow begins to press tomorrow.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from controlplane.core.types import AlertAction, ReplicaSet
+from controlplane.core.types import AlertAction
 
 OWNER = "controlplane"
 MAX_STEP = 10_000
@@ -46,6 +46,15 @@ _SPECIAL_NAMES = {
 
 
 @dataclass(frozen=True, slots=True)
+class Target:
+    """What an alert may name of a replica set."""
+
+    name: str
+    model: str
+    is_external: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """Either an action, or the reason why there is none."""
 
@@ -54,8 +63,11 @@ class Verdict:
     step: int | None = None  # None: the replica set's own
 
 
-def judge(labels: Mapping[str, str], annotations: Mapping[str, str], known: Iterable[ReplicaSet]) -> Verdict:
-    """What this alert asks for, given the replica sets there are. An empty label is an absent one, as in Prometheus."""
+def judge(labels: Mapping[str, str], annotations: Mapping[str, str], known: Mapping[str, Target]) -> Verdict:
+    """What this alert asks for, given the replica sets there are, by name.
+
+    An empty label is an absent one, as in Prometheus.
+    """
     if (special := _SPECIAL_NAMES.get(labels.get("alertname", ""))) is not None:
         return Verdict(ignored_reason=special)  # these carry the labels of the rule that could not be evaluated
     if STATE_REASON in annotations:
@@ -68,7 +80,7 @@ def judge(labels: Mapping[str, str], annotations: Mapping[str, str], known: Iter
         action = AlertAction(labels["action"])
     except ValueError:
         return Verdict(ignored_reason=Ignored.UNKNOWN_ACTION)
-    fault = _fault_of_target(action, labels, {one.name: one for one in known})
+    fault = _fault_of_target(action, labels, known)
     if fault is not None:
         return Verdict(ignored_reason=fault)
     step = labels.get("step") or None
@@ -82,11 +94,11 @@ def judge(labels: Mapping[str, str], annotations: Mapping[str, str], known: Iter
 _SCALING = frozenset({AlertAction.SCALE_UP, AlertAction.SCALE_DOWN})
 
 
-def _fault_of_target(action: AlertAction, labels: Mapping[str, str], known: Mapping[str, ReplicaSet]) -> Ignored | None:
+def _fault_of_target(action: AlertAction, labels: Mapping[str, str], known: Mapping[str, Target]) -> Ignored | None:
     model, set_name = labels.get("model") or None, labels.get("replica_set") or None
     if set_name is not None and set_name not in known:
         return Ignored.UNKNOWN_REPLICA_SET
-    serving = [one for one in known.values() if model is None or one.spec.model == model]
+    serving = [one for one in known.values() if model is None or one.model == model]
     if not serving and model is not None:
         return Ignored.UNKNOWN_MODEL
     meant = [one for one in serving if set_name is None or one.name == set_name]
@@ -98,10 +110,10 @@ def _fault_of_target(action: AlertAction, labels: Mapping[str, str], known: Mapp
         return _fault_of_replica(labels.get("replica") or None, meant, known)
     if model is None and set_name is None:
         return Ignored.NO_TARGET
-    return Ignored.NOT_RUN_BY_SLURM if all(one.spec.is_external for one in meant) else None
+    return Ignored.NOT_RUN_BY_SLURM if all(one.is_external for one in meant) else None
 
 
-def _fault_of_replica(name: str | None, meant: list[ReplicaSet], known: Mapping[str, ReplicaSet]) -> Ignored | None:
+def _fault_of_replica(name: str | None, meant: list[Target], known: Mapping[str, Target]) -> Ignored | None:
     if name is None:
         return Ignored.NO_TARGET
     stem, _, number = name.rpartition("-")  # `cp-<replica set>-<id>`

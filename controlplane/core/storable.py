@@ -12,6 +12,8 @@ from typing import Any
 def storable(value: Any) -> Any:
     """The same JSON document, with what PostgreSQL's text and jsonb cannot hold replaced."""
     match value:
+        case str() if value.isascii() and "\0" not in value:
+            return value  # nearly every one
         case dict():
             return {storable(key): storable(inner) for key, inner in value.items()}
         case list():

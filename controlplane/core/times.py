@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 _RFC3339 = re.compile(
     r"(?P<seconds>\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d)(?:\.(?P<fraction>\d+))?(?P<zone>[Zz]|[+-]\d\d:\d\d)", re.ASCII
@@ -25,3 +25,26 @@ def parse_time(text: str) -> datetime:
         return datetime.fromisoformat(f"{match['seconds'].upper()}.{fraction}{zone}").astimezone(UTC)
     except (ValueError, OverflowError):
         raise ValueError("is no time of any calendar") from None
+
+
+_AGO = re.compile(r"-(\d{1,6})([smhd])", re.ASCII)
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+
+
+def parse_moment(text: str, now: datetime) -> datetime:
+    """A moment of the past, as people write it: ISO 8601 with its zone, or how long ago. Raises ValueError."""
+    try:
+        if match := _AGO.fullmatch(text):
+            return now - timedelta(**{_UNITS[match[2]]: int(match[1])})
+        time = datetime.fromisoformat(text)
+        moment = time.astimezone(UTC) if time.tzinfo is not None else None
+    except (ValueError, OverflowError):
+        moment = None
+    if moment is None:
+        raise ValueError(
+            f"{text[:64]!r} is neither a time with its zone, as 2026-01-31T18:00+01:00, "
+            "nor how long ago, as -90s, -10m, -2h or -3d"
+        )
+    if moment > now:
+        raise ValueError(f"{text[:64]} is still to come; give a moment of the past")
+    return moment

@@ -326,6 +326,7 @@ class Alert:
     action: AlertAction | None = None  # None: stored and shown, never acted upon
     ignored_reason: str | None = None
     step: int | None = None
+    stale_since: datetime | None = None  # when it was noted that nobody confirms it any more
 
     @property
     def key(self) -> str:

@@ -34,9 +34,9 @@ class VerbRefused(Exception):
 _REASONS = {Verb.DRAIN: Reason.DRAINED_BY_OPERATOR, Verb.CANCEL: Reason.CANCELLED_BY_OPERATOR}
 
 
-def interpret(verb: Verb, replica: Replica, *, actor: str, now: datetime) -> Move | None:
+def interpret(verb: Verb, replica: Replica, *, actor: str, now: datetime, reason: str | None = None) -> Move | None:
     """The one step that the verb means now; None when nothing needs to be done. Raises VerbRefused."""
-    message = f"{verb} by {actor}"
+    message = f"{verb} by {actor}" + (f" ({reason})" if reason else "")
     match verb, replica.phase:
         case Verb.UNDRAIN, Phase.DRAINING:
             return Move(replica, Phase.RUNNING, message=message)

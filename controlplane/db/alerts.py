@@ -1,22 +1,22 @@
 """Alerts as levels, and the deliveries that told of them.
 
-What arrives is ordered by `starts_at`, then `ends_at`, never by arrival: an older word about an alert is counted and
-changes nothing. A repeated word only refreshes. All alerts of one delivery are kept, or none.
+What arrives is a word about an alert (see `alert_words`): an older one is counted and changes nothing, a repeated one
+only refreshes. All alerts of one delivery are kept, or none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
 from psycopg.rows import DictRow
-from psycopg.types.json import Jsonb
 
 from controlplane.core.types import Alert, AlertAction
+from controlplane.db.alert_words import Arrival, Word, keep_newest, record_deliveries, use_signatures, word
 from controlplane.db.errors import Duplicate
-from controlplane.db.pool import Connection, Database, wake
+from controlplane.db.pool import PULL_CHANNEL, Database, wake
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,49 +35,73 @@ async def store(
     now: datetime,
     signature: tuple[bytes, datetime] | None = None,
 ) -> Stored:
-    """Keep each alert with its payload, durably, then wake the reconciler. May be repeated.
+    """`store_all` of one. Raises Duplicate if its signature was used before."""
+    [stored] = await store_all(db, [Arrival(tuple(arrived), now, signature)])
+    if stored is None:
+        raise Duplicate("this signature was used before")
+    return stored
 
-    `signature`: the delivery's, and when it stops being accepted; raises Duplicate if it was used before.
+
+async def store_all(db: Database, arrivals: Sequence[Arrival], *, wants_pull: bool = False) -> list[Stored | None]:
+    """Keep every delivery, durably, in one commit, as if they had come one after the other. May be repeated.
+
+    None stands for one whose signature was used before: nothing of it is kept. If anything is news the reconciler is
+    woken; `wants_pull` wakes the pull: something was left out.
     """
+    async with db.transaction() as connection:
+        good = await use_signatures(connection, arrivals)
+        kept = [one for one, is_good in zip(arrivals, good, strict=True) if is_good]
+        new = await record_deliveries(connection, kept)
+        changed = await keep_newest(connection, [alert for one in kept for alert, _ in one.alerts])
+        if new or changed:
+            await wake(connection)
+        if wants_pull:
+            await wake(connection, PULL_CHANNEL)
+    return [_counted(one, new) if is_good else None for one, is_good in zip(arrivals, good, strict=True)]
+
+
+def _counted(arrival: Arrival, new: set[Word]) -> Stored:
+    """Takes what it counts as new out of `new`: whoever tells it again repeats it."""
     accepted = duplicates = 0
     ignored: dict[str, int] = {}
-    async with db.transaction() as connection:
-        if signature is not None:
-            await _use_signature(connection, *signature, now)
-        # one order for all: two deliveries of the same group cannot wait for each other
-        for alert, payload in sorted(arrived, key=lambda pair: pair[0].key):
-            is_new = await _record_delivery(connection, alert, payload, now)
-            await _keep_newest(connection, alert)
-            if not is_new:
-                duplicates += 1
-            elif alert.ignored_reason is not None:
-                ignored[alert.ignored_reason] = ignored.get(alert.ignored_reason, 0) + 1
-            else:
-                accepted += 1
-        await wake(connection)
+    for alert, _ in arrival.alerts:
+        told = word(alert)
+        if told not in new:
+            duplicates += 1
+            continue
+        new.remove(told)
+        if alert.ignored_reason is not None:
+            ignored[alert.ignored_reason] = ignored.get(alert.ignored_reason, 0) + 1
+        else:
+            accepted += 1
     return Stored(accepted=accepted, duplicates=duplicates, ignored=ignored)
 
 
-async def refresh(db: Database, source: str, org_id: int, active: Iterable[Alert], *, now: datetime) -> int:
+async def refresh(
+    db: Database, source: str, org_id: int, active: Iterable[Alert], *, now: datetime, spared: Collection[str] = ()
+) -> int:
     """Take a complete list of what is active in a source's organization: heals what webhooks lost.
 
     Returns how many changed.
 
-    What fires here and is not in the list has been resolved; what is in it fires, whatever arrived or did not, unless
-    it was heard of after `now`: when the list was asked for.
+    What fires here and is not in the list has been resolved, but for the fingerprints that are `spared`; what is in it
+    fires, whatever arrived or did not, unless it was heard of after `now`: when the list was asked for.
     """
     active = list(active)
     async with db.transaction() as connection:
         # deliveries wait: each locks its alerts in its own order, and this would lock them all in another
         await connection.execute("LOCK TABLE alerts IN SHARE ROW EXCLUSIVE MODE")
-        changed = 0
-        for alert in sorted(active, key=lambda one: one.key):
-            changed += await _keep_newest(connection, alert, is_pulled=True)
+        changed = await keep_newest(connection, active, is_pulled=True)
         cursor = await connection.execute(
-            "UPDATE alerts SET status = 'resolved', ends_at = %(now)s, refreshed_at = %(now)s "
+            "UPDATE alerts SET status = 'resolved', ends_at = %(now)s, refreshed_at = %(now)s, stale_since = NULL "
             "WHERE source = %(source)s AND org_id = %(org_id)s AND status = 'firing' AND refreshed_at <= %(now)s "
-            "AND fingerprint <> ALL (%(active)s)",
-            {"now": now, "source": source, "org_id": org_id, "active": [alert.fingerprint for alert in active]},
+            "AND fingerprint <> ALL (%(listed)s)",
+            {
+                "now": now,
+                "source": source,
+                "org_id": org_id,
+                "listed": [*(alert.fingerprint for alert in active), *spared],
+            },
         )
         changed += cursor.rowcount
         if changed:
@@ -85,12 +109,22 @@ async def refresh(db: Database, source: str, org_id: int, active: Iterable[Alert
     return changed
 
 
+async def load_firing(db: Database, source: str, org_id: int) -> dict[str, datetime]:
+    """What fires in a source's organization, as far as is known: by fingerprint, when it was last heard of."""
+    async with db.connection() as connection:
+        cursor = await connection.execute(
+            "SELECT fingerprint, refreshed_at FROM alerts WHERE source = %s AND org_id = %s AND status = 'firing'",
+            (source, org_id),
+        )
+        return {row["fingerprint"]: row["refreshed_at"] for row in await cursor.fetchall()}
+
+
 async def load_since(db: Database, since: datetime) -> tuple[Alert, ...]:
     """Alerts that were confirmed, or that ended, at this time or later; newest first."""
     async with db.connection() as connection:
         cursor = await connection.execute(
             "SELECT source, org_id, fingerprint, alertname, status, starts_at, ends_at, refreshed_at, labels, "
-            "annotations, values, action, step, ignored_reason FROM alerts WHERE refreshed_at >= %s "
+            "annotations, values, action, step, ignored_reason, stale_since FROM alerts WHERE refreshed_at >= %s "
             "ORDER BY refreshed_at DESC, fingerprint",
             (since,),
         )
@@ -108,96 +142,43 @@ async def load_first_receipts(db: Database, since: datetime) -> dict[str, dateti
         return {row["key"]: row["at"] for row in await cursor.fetchall()}
 
 
+async def note_stale(db: Database, *, stale_after: timedelta, now: datetime) -> list[str]:
+    """Mark what fires, would press, and was not confirmed for so long; returns the keys of those newly marked."""
+    async with db.connection() as connection:
+        cursor = await connection.execute(
+            f"UPDATE alerts SET stale_since = %s WHERE ctid = {_UNLOCKED.format('alerts', _UNCONFIRMED)} "
+            "RETURNING source || '/' || org_id || '/' || fingerprint AS key",
+            (now, now - stale_after),
+        )
+        return sorted(row["key"] for row in await cursor.fetchall())
+
+
+async def count_stale(db: Database) -> dict[str, int]:
+    """How many alerts are marked as stale, by source."""
+    async with db.connection() as connection:
+        cursor = await connection.execute(
+            "SELECT source, count(*) FROM alerts WHERE status = 'firing' AND stale_since IS NOT NULL GROUP BY source"
+        )
+        return {row["source"]: row["count"] for row in await cursor.fetchall()}
+
+
+_UNCONFIRMED = "status = 'firing' AND action IS NOT NULL AND stale_since IS NULL AND refreshed_at < %s"
+_UNLOCKED = "ANY (ARRAY (SELECT ctid FROM {0} WHERE {1} FOR UPDATE SKIP LOCKED))"
+"""Rows that no delivery holds: one that does is about to refresh it, and neither waits for the other."""
+
+
 async def forget(db: Database, *, older_than: timedelta, now: datetime) -> int:
     """Delete what nobody has confirmed for so long; returns how many alerts went."""
     async with db.transaction() as connection:
         before = now - older_than
-        await connection.execute("DELETE FROM alert_deliveries WHERE last_received_at < %s", (before,))
-        await connection.execute("DELETE FROM webhook_signatures WHERE expires_at < %s", (now,))
-        return (await connection.execute("DELETE FROM alerts WHERE refreshed_at < %s", (before,))).rowcount
 
+        async def delete(table: str, time: str, before: datetime) -> int:
+            old = _UNLOCKED.format(table, f"{time} < %s")
+            return (await connection.execute(f"DELETE FROM {table} WHERE ctid = {old}", (before,))).rowcount
 
-async def _use_signature(connection: Connection, signature: bytes, expires_at: datetime, now: datetime) -> None:
-    cursor = await connection.execute(
-        "INSERT INTO webhook_signatures AS s (signature, expires_at) VALUES (%s, %s) "
-        "ON CONFLICT (signature) DO UPDATE SET expires_at = excluded.expires_at WHERE s.expires_at < %s",
-        (signature, expires_at, now),
-    )
-    if cursor.rowcount == 0:
-        raise Duplicate("this signature was used before")
-
-
-async def _record_delivery(connection: Connection, alert: Alert, payload: Mapping[str, Any], now: datetime) -> bool:
-    cursor = await connection.execute(
-        """
-        INSERT INTO alert_deliveries AS d
-               (source, org_id, fingerprint, starts_at, status, payload, first_received_at, last_received_at)
-        VALUES (%(source)s, %(org)s, %(fingerprint)s, %(starts)s, %(status)s, %(payload)s, %(now)s, %(now)s)
-        ON CONFLICT (source, org_id, fingerprint, starts_at, status) DO UPDATE
-           SET deliveries = d.deliveries + 1, last_received_at = excluded.last_received_at, payload = excluded.payload
-        RETURNING deliveries = 1 AS is_new
-        """,
-        {
-            "source": alert.source,
-            "org": alert.org_id,
-            "fingerprint": alert.fingerprint,
-            "starts": alert.starts_at,
-            "status": "firing" if alert.is_firing else "resolved",
-            "payload": Jsonb(payload),
-            "now": now,
-        },
-    )
-    row = await cursor.fetchone()
-    return bool(row and row["is_new"])
-
-
-async def _keep_newest(connection: Connection, alert: Alert, *, is_pulled: bool = False) -> int:
-    """Returns 1 if this changed what is known, 0 if it confirmed it or was older.
-
-    A delivery that fires after the same alert was resolved is a late one. A pull that shows it is not: the alert was
-    missing from an earlier list, because it was silenced or the source had just started.
-    """
-    cursor = await connection.execute(
-        """
-        WITH before AS (
-            SELECT status, starts_at FROM alerts
-             WHERE source = %(source)s AND org_id = %(org_id)s AND fingerprint = %(fingerprint)s
-        )
-        INSERT INTO alerts AS a (source, org_id, fingerprint, alertname, status, starts_at, ends_at, refreshed_at,
-                                 labels, annotations, values, action, step, ignored_reason)
-        VALUES (%(source)s, %(org_id)s, %(fingerprint)s, %(alertname)s, %(status)s, %(starts_at)s, %(ends_at)s,
-                %(refreshed_at)s, %(labels)s, %(annotations)s, %(values)s, %(action)s, %(step)s, %(ignored_reason)s)
-        ON CONFLICT (source, org_id, fingerprint) DO UPDATE
-           SET alertname = excluded.alertname, status = excluded.status, starts_at = excluded.starts_at,
-               ends_at = excluded.ends_at, refreshed_at = greatest(a.refreshed_at, excluded.refreshed_at),
-               labels = excluded.labels, annotations = excluded.annotations, values = excluded.values,
-               action = excluded.action, step = excluded.step, ignored_reason = excluded.ignored_reason
-         WHERE (excluded.starts_at, coalesce(excluded.ends_at, '-infinity'))
-               >= (a.starts_at, coalesce(a.ends_at, '-infinity'))
-            OR (%(is_pulled)s AND excluded.starts_at = a.starts_at AND excluded.refreshed_at > a.refreshed_at)
-        RETURNING (SELECT count(*) FROM before WHERE before.status = %(status)s
-                                                 AND before.starts_at = %(starts_at)s) = 0 AS is_change
-        """,
-        {
-            "is_pulled": is_pulled,
-            "source": alert.source,
-            "org_id": alert.org_id,
-            "fingerprint": alert.fingerprint,
-            "alertname": alert.alertname,
-            "status": "firing" if alert.is_firing else "resolved",
-            "starts_at": alert.starts_at,
-            "ends_at": alert.ends_at,
-            "refreshed_at": alert.refreshed_at,
-            "labels": Jsonb(dict(alert.labels)),
-            "annotations": Jsonb(dict(alert.annotations)),
-            "values": Jsonb(dict(alert.values)),
-            "action": alert.action,
-            "step": alert.step,
-            "ignored_reason": alert.ignored_reason,
-        },
-    )
-    row = await cursor.fetchone()
-    return int(bool(row and row["is_change"]))
+        await delete("alert_deliveries", "last_received_at", before)
+        await delete("webhook_signatures", "expires_at", now)
+        return await delete("alerts", "refreshed_at", before)
 
 
 def _alert(row: DictRow) -> Alert:

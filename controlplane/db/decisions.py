@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from psycopg.rows import DictRow
 
+from controlplane.core.stories import RecordedDecision
 from controlplane.core.types import Decision, DecisionReason
+from controlplane.db.causes import EVIDENCE, alert_then
 from controlplane.db.pool import Connection, Database
 
-
-@dataclass(frozen=True, slots=True)
-class RecordedDecision:
-    id: int
-    at: datetime
-    replica_set: str
-    reason: DecisionReason
-    previous: int
-    desired: int
-    explanation: str
-    alerts: tuple[str, ...]
-    actor: str
+COLUMNS = "id, at, replica_set, reason, previous, desired, explanation, alerts, actor, evidence"
 
 
 async def record(connection: Connection, decision: Decision, *, actor: str, now: datetime) -> None:
-    """Write one, in the caller's transaction."""
+    """Write one, in the caller's transaction, with the alerts that pressed as they are now."""
     await connection.execute(
-        "INSERT INTO decisions (at, replica_set, reason, previous, desired, explanation, alerts, actor) "
-        "VALUES (%s, %s, %s, %s, %s, %s, %s, %s)",
+        "INSERT INTO decisions (at, replica_set, reason, previous, desired, explanation, alerts, actor, evidence) "
+        f"VALUES (%s, %s, %s, %s, %s, %s, %s, %s, ({EVIDENCE}))",
         (
             now,
             decision.replica_set,
@@ -38,6 +28,7 @@ async def record(connection: Connection, decision: Decision, *, actor: str, now:
             decision.explanation,
             list(decision.alerts),
             actor,
+            list(decision.alerts),
         ),
     )
 
@@ -46,32 +37,44 @@ async def load_latest(db: Database) -> dict[str, RecordedDecision]:
     """The newest decision of every replica set that has one."""
     async with db.connection() as connection:
         cursor = await connection.execute(
-            "SELECT DISTINCT ON (replica_set) * FROM decisions ORDER BY replica_set, id DESC"
+            f"SELECT DISTINCT ON (replica_set) {COLUMNS} FROM decisions ORDER BY replica_set, id DESC"
         )
-        return {row["replica_set"]: _recorded(row) for row in await cursor.fetchall()}
+        return {row["replica_set"]: recorded(row) for row in await cursor.fetchall()}
 
 
 async def load_newest(db: Database, *, replica_set: str | None = None, limit: int = 100) -> list[RecordedDecision]:
     """Newest first; of one set, or of all."""
     async with db.connection() as connection:
         cursor = await connection.execute(
-            "SELECT * FROM decisions WHERE %(set)s::text IS NULL OR replica_set = %(set)s "
+            f"SELECT {COLUMNS} FROM decisions WHERE %(set)s::text IS NULL OR replica_set = %(set)s "
             "ORDER BY id DESC LIMIT %(limit)s",
             {"set": replica_set, "limit": limit},
         )
-        return [_recorded(row) for row in await cursor.fetchall()]
+        return [recorded(row) for row in await cursor.fetchall()]
 
 
 async def forget(db: Database, *, older_than: timedelta, now: datetime) -> int:
-    """Delete the decisions that were taken so long ago, but for each set's newest; returns how many went."""
+    """Delete the decisions that were taken so long ago; returns how many went.
+
+    Each set's newest stays, and what a replica that is kept was made for.
+    """
     async with db.connection() as connection:
         cursor = await connection.execute(
             "DELETE FROM decisions d WHERE at < %s "
-            "AND id <> (SELECT max(id) FROM decisions WHERE replica_set = d.replica_set)",
+            "AND id <> (SELECT max(id) FROM decisions WHERE replica_set = d.replica_set) "
+            "AND NOT EXISTS (SELECT FROM replicas WHERE decision_id = d.id)",
             (now - older_than,),
         )
         return cursor.rowcount
 
 
-def _recorded(row: DictRow) -> RecordedDecision:
-    return RecordedDecision(**{**row, "alerts": tuple(row["alerts"]), "reason": DecisionReason(row["reason"])})
+def recorded(row: DictRow) -> RecordedDecision:
+    """A decision from a row of `COLUMNS`."""
+    return RecordedDecision(
+        **{
+            **row,
+            "alerts": tuple(row["alerts"]),
+            "reason": DecisionReason(row["reason"]),
+            "evidence": tuple(alert_then(one) for one in row["evidence"]),
+        }
+    )

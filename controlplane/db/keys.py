@@ -10,6 +10,7 @@ from datetime import datetime
 from psycopg.rows import DictRow
 
 from controlplane.core.types import ApiKey
+from controlplane.db import audit
 from controlplane.db.errors import NotFound
 from controlplane.db.pool import Database
 
@@ -24,7 +25,7 @@ def hash_key(key: str) -> bytes:
 
 
 async def create(
-    db: Database, tenant: str, *, models: Iterable[str] | None, expires_at: datetime | None, now: datetime
+    db: Database, tenant: str, *, models: Iterable[str] | None, expires_at: datetime | None, actor: str, now: datetime
 ) -> tuple[str, ApiKey]:
     """Make a key for a tenant, which is made too if it is new. Returns the key itself, for this one time."""
     key = "sk-" + secrets.token_urlsafe(32)
@@ -36,8 +37,13 @@ async def create(
             (tenant, key[:_PREFIX_LENGTH], hash_key(key), list(models) if models else None, now, expires_at),
         )
         row = await cursor.fetchone()
-    assert row is not None
-    return key, _api_key(row)
+        assert row is not None
+        made = _api_key(row)
+        what = "every model" if made.models is None else ", ".join(sorted(made.models))
+        end = f" until {expires_at.isoformat()}" if expires_at is not None else ""
+        words = f"key {made.prefix}... made for {tenant}{end}: {what}"
+        await audit.record(connection, audit.Said(now, actor, "API key", made.prefix, words))
+    return key, made
 
 
 async def load_all(db: Database) -> tuple[ApiKey, ...]:
@@ -54,16 +60,21 @@ async def load_active(db: Database, now: datetime) -> tuple[ApiKey, ...]:
     )
 
 
-async def revoke(db: Database, prefix: str, now: datetime) -> ApiKey:
+async def revoke(db: Database, prefix: str, now: datetime, *, actor: str) -> ApiKey:
     """Make a key worthless, for good; again is harmless. Raises NotFound."""
-    async with db.connection() as connection:
+    prefix = prefix[:_PREFIX_LENGTH]
+    async with db.transaction() as connection:
         cursor = await connection.execute(
-            f"UPDATE api_keys SET revoked_at = coalesce(revoked_at, %s) WHERE prefix = %s RETURNING {_COLUMNS}",
-            (now, prefix[:_PREFIX_LENGTH]),
+            "UPDATE api_keys SET revoked_at = %s WHERE prefix = %s AND revoked_at IS NULL", (now, prefix)
         )
+        is_news = cursor.rowcount == 1
+        cursor = await connection.execute(f"SELECT {_COLUMNS} FROM api_keys WHERE prefix = %s", (prefix,))
         row = await cursor.fetchone()
-    if row is None:
-        raise NotFound(f"no API key begins with {prefix[:_PREFIX_LENGTH]!r}")
+        if row is None:
+            raise NotFound(f"no API key begins with {prefix!r}")
+        if is_news:
+            words = f"key {prefix}... of {row['tenant']} revoked"
+            await audit.record(connection, audit.Said(now, actor, "API key", prefix, words))
     return _api_key(row)
 
 

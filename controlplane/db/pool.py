@@ -6,13 +6,17 @@ works again when it is back. Connections commit by themselves; what belongs toge
 A task that is cancelled in here ends cancelled, so that no loop runs on for ever. Below, a cancellation can be lost: to
 `asyncio.wait_for` of Python 3.11, when the pool's connection comes at the same moment, and to the error of a server
 that goes away while psycopg cancels the query.
+
+A server that is frozen keeps its connections and says nothing; its kernel goes on answering keep-alives. So nothing
+here waits for longer than patience allows: then the connection is broken from this side, which is DbUnavailable.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -24,6 +28,7 @@ from psycopg_pool import AsyncConnectionPool
 from controlplane.db.errors import DatabaseError, DbUnavailable, Duplicate
 
 WAKE_CHANNEL = "controlplane_wake"
+PULL_CHANNEL = "controlplane_pull"  # wakes the pull of alerts, which no other news concerns
 ENDPOINTS_CHANNEL = "controlplane_endpoints"  # announced by the schema's triggers
 
 Connection = psycopg.AsyncConnection[DictRow]
@@ -58,7 +63,7 @@ class Database:
             timeout=options.timeout_seconds,
             reconnect_timeout=0,
             open=False,
-            check=AsyncConnectionPool.check_connection,
+            check=self._check,
             kwargs=self._arguments(),
             name=options.application_name,
         )
@@ -83,7 +88,8 @@ class Database:
         async with _translated(), self._pool.connection() as connection:
             if _cancellations() > asked:
                 raise asyncio.CancelledError
-            yield connection
+            with _patience(connection, self._options.statement_timeout_seconds + self._options.timeout_seconds):
+                yield connection
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Connection]:
@@ -97,7 +103,7 @@ class Database:
         Over a connection of its own: the pool goes on trying by itself and could only say that none came in time.
         """
         async with _translated(), await self._connect() as connection:
-            await connection.execute("SELECT 1")
+            await self._check(connection)
 
     async def wake(self) -> None:
         """`wake`, when nothing else is written."""
@@ -116,6 +122,10 @@ class Database:
             yield ""
             async for notification in connection.notifies():
                 yield notification.channel
+
+    async def _check(self, connection: Connection) -> None:
+        with _patience(connection, self._options.timeout_seconds):
+            await AsyncConnectionPool.check_connection(connection)
 
     async def _connect(self) -> Connection:
         arguments = {**self._arguments(), "connect_timeout": int(self._options.timeout_seconds) or 1}
@@ -143,6 +153,21 @@ async def _translated() -> AsyncIterator[None]:
         raise _translation(error) from error
 
 
+@contextmanager
+def _patience(connection: Connection, seconds: float) -> Iterator[None]:
+    """Break the connection if the block has not ended by then: whoever waits for its server gets an error at once."""
+    giving_up = asyncio.get_running_loop().call_later(seconds, _break, connection)
+    try:
+        yield
+    finally:
+        giving_up.cancel()
+
+
+def _break(connection: Connection) -> None:
+    with suppress(psycopg.Error, OSError), socket.socket(fileno=socket.dup(connection.fileno())) as tcp:
+        tcp.shutdown(socket.SHUT_RDWR)  # not closed: the descriptor must not become somebody else's meanwhile
+
+
 def _translation(error: psycopg.Error | OSError) -> DatabaseError:
     if isinstance(error, psycopg.errors.UniqueViolation):
         return Duplicate(error.diag.constraint_name or str(error))
@@ -161,6 +186,6 @@ def _said(error: Exception) -> str:
     return " ".join(str(error).split())[:256]
 
 
-async def wake(connection: Connection) -> None:
+async def wake(connection: Connection, channel: str = WAKE_CHANNEL) -> None:
     """Tell the reconciler, when this transaction commits, that there is something to do."""
-    await connection.execute("SELECT pg_notify(%s, '')", (WAKE_CHANNEL,))
+    await connection.execute("SELECT pg_notify(%s, '')", (channel,))

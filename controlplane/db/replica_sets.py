@@ -16,6 +16,7 @@ from psycopg.rows import DictRow
 from psycopg.types.json import Jsonb
 from pydantic import TypeAdapter
 
+from controlplane.core.alerts import Target
 from controlplane.core.specs import spec_hash
 from controlplane.core.types import Decision, DecisionReason, ReplicaSet, ReplicaSetSpec
 from controlplane.db import decisions
@@ -40,6 +41,13 @@ async def load_all(db: Database) -> tuple[ReplicaSet, ...]:
     async with db.connection() as connection:
         cursor = await connection.execute(f"SELECT {_COLUMNS} FROM replica_sets ORDER BY name")
         return tuple(_replica_set(row) for row in await cursor.fetchall())
+
+
+async def load_targets(db: Database) -> dict[str, Target]:
+    """What alerts may name, by name: cheaper than whole replica sets, for every delivery is judged by it."""
+    async with db.connection() as connection:
+        cursor = await connection.execute("SELECT name, model, is_external FROM replica_sets")
+        return {row["name"]: Target(**row) for row in await cursor.fetchall()}
 
 
 async def load(db: Database, name: str) -> ReplicaSet:

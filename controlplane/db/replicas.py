@@ -12,8 +12,10 @@ from typing import Any
 
 from psycopg.rows import DictRow
 
+from controlplane.core.stories import Step
 from controlplane.core.types import EXISTING_PHASES, LIVE_PHASES, Move, PastReplica, Phase, Reason, Replica, ReplicaSet
 from controlplane.core.verbs import Verb, interpret
+from controlplane.db.causes import CAUSE
 from controlplane.db.errors import NotFound, Stale
 from controlplane.db.pool import Database
 from controlplane.db.replica_sets import SPECS
@@ -33,20 +35,6 @@ class Obeyed:
 
     replica: Replica
     is_changed: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One row of a replica's history."""
-
-    replica: str
-    at: datetime
-    from_phase: Phase | None
-    to_phase: Phase
-    reason: Reason | None
-    message: str | None
-    slurm_job_id: int | None
-    actor: str
 
 
 async def load_live(db: Database) -> tuple[Replica, ...]:
@@ -111,11 +99,12 @@ async def create(
         await connection.execute("SELECT FROM replica_sets WHERE name = %s FOR UPDATE", (replica_set.name,))
         cursor = await connection.execute(
             f"""
-            WITH fresh AS (
-                INSERT INTO replicas (id, name, replica_set, spec, spec_hash, port, secret, created_at, phase_since)
+            WITH {CAUSE}, fresh AS (
+                INSERT INTO replicas (id, name, replica_set, spec, spec_hash, port, secret, created_at, phase_since,
+                                      decision_id, replaces)
                 OVERRIDING SYSTEM VALUE
                 SELECT n.id, 'cp-' || s.name || '-' || n.id, s.name, s.spec, s.spec_hash, %(port)s, %(secret)s,
-                       %(now)s, %(now)s
+                       %(now)s, %(now)s, (SELECT decision_id FROM cause), (SELECT replaces FROM cause)
                   FROM replica_sets s, (SELECT nextval(pg_get_serial_sequence('replicas', 'id')) AS id) n
                  WHERE s.name = %(set)s AND NOT s.is_paused AND s.spec_hash = %(spec_hash)s
                    AND (SELECT count(*) FROM replicas r
@@ -201,14 +190,23 @@ async def move(db: Database, step: Move, *, actor: str, now: datetime) -> Replic
     return _replica(row)
 
 
-async def obey(db: Database, name: str, verb: Verb, *, actor: str, now: datetime, dry_run: bool = False) -> Obeyed:
+async def obey(
+    db: Database,
+    name: str,
+    verb: Verb,
+    *,
+    actor: str,
+    now: datetime,
+    reason: str | None = None,
+    dry_run: bool = False,
+) -> Obeyed:
     """Do what an operator said to one replica, and wake the reconciler. May be repeated.
 
     Raises NotFound, VerbRefused; Stale when the replica moved on at every attempt.
     """
     for _ in range(_VERB_ATTEMPTS):
         replica = await load(db, name)
-        step = interpret(verb, replica, actor=actor, now=now)
+        step = interpret(verb, replica, actor=actor, now=now, reason=reason)
         if step is None:
             return Obeyed(replica, is_changed=False)
         if dry_run:
@@ -254,10 +252,11 @@ async def load_history(
             """,
             {"name": name, "since": since, "limit": limit},
         )
-        return [_step(row) for row in reversed(await cursor.fetchall())]
+        return [read_step(row) for row in reversed(await cursor.fetchall())]
 
 
-def _step(row: DictRow) -> Step:
+def read_step(row: DictRow) -> Step:
+    """A step from a row that has its fields."""
     return Step(
         **{
             **row,

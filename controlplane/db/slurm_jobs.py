@@ -14,7 +14,9 @@ from controlplane.db.pool import Database
 class PendingJob:
     """A live replica's job that Slurm lets wait, since when, and why, in Slurm's words."""
 
+    replica: str
     replica_set: str
+    job_id: int
     state_reason: str
     since: datetime
 
@@ -59,7 +61,8 @@ async def record(db: Database, seen: Iterable[tuple[int, SlurmJob]], now: dateti
 async def load_pending(db: Database) -> list[PendingJob]:
     async with db.connection() as connection:
         cursor = await connection.execute(
-            "SELECT r.replica_set, j.state_reason, coalesce(j.submitted_at, r.submitted_at, r.created_at) AS since "
+            "SELECT r.name AS replica, r.replica_set, j.job_id, j.state_reason, "
+            "coalesce(j.submitted_at, r.submitted_at, r.created_at) AS since "
             "FROM slurm_jobs j JOIN replicas r ON r.id = j.replica_id AND r.slurm_job_id = j.job_id "
             "WHERE r.phase <> 'ENDED' AND j.state = 'PENDING' ORDER BY r.id"
         )

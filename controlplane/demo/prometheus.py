@@ -130,6 +130,11 @@ class Alertmanager(Server):
         """Its API and its pages."""
         return f"http://{self.address}"
 
+    def restart(self) -> None:
+        """Start it again, ending it before if it still runs; it knows no alerts then. Returns when it is ready."""
+        self.children.restart("alertmanager")
+        _wait_ready(self, "alertmanager", self._port)
+
     def _bring_up(self) -> None:
         [self._port] = free_ports(1)
         config = _write_config(self.directory / "alertmanager.yml", _alertmanager_config(self._options))

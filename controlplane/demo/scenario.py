@@ -18,9 +18,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from controlplane import cli_why
 from controlplane.clock import utc_now
 from controlplane.core.types import ReplicaSetSpec, ScaleDown, ScaleUp, SlurmResources, VllmOptions
-from controlplane.db import Database, DatabaseOptions
+from controlplane.db import Database, DatabaseOptions, why
 from controlplane.demo.children import MissingProgram, StartFailed
 from controlplane.demo.claims import DirectoryInUse
 from controlplane.demo.load import Load, LoadOptions
@@ -133,7 +134,17 @@ async def _tell(site: Site, console: Console, *, plain: bool) -> list[str]:
         await story.look(utc_now())
         faults += _faults_of(story)
         summary(console, story, await story.alert_to_job(), faults)
+        await _tell_why(db, console)
     return faults
+
+
+async def _tell_why(db: Database, console: Console) -> None:
+    """As `controlplane why` tells it: the life of one replica that an alert asked for."""
+    told = await why.of_set(db, REPLICA_SET.name, at=None, now=utc_now())
+    grown = [one for one in (*told.ended, *told.replicas) if one.decision is not None and one.decision.evidence]
+    if grown:
+        console.rule(f"controlplane why {grown[0].name}")
+        await cli_why.show(db, grown[0].name, None, "text", console)
 
 
 async def _tell_chapter(chapter: Chapter, story: Story, shown: Face) -> None:

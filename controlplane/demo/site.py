@@ -151,7 +151,7 @@ class Site(Server):
         async with Database(DatabaseOptions(self.database_url)) as db:
             await replica_sets.apply(db, self._options.replica_set, actor="demo", now=now)
             await self._forget_an_earlier_site(db, now)
-            self.api_key, _ = await keys.create(db, "demo", models=None, expires_at=None, now=now)
+            self.api_key, _ = await keys.create(db, "demo", models=None, expires_at=None, actor="demo", now=now)
 
     async def _forget_an_earlier_site(self, db: Database, now: datetime) -> None:
         """A database that was given may tell of replicas whose Slurm is gone: every site begins with an empty one."""

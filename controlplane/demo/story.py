@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
+from controlplane.core.stories import RecordedDecision
 from controlplane.core.types import Endpoint, Phase, Replica
 from controlplane.db import Database, alerts, decisions, endpoints, replicas
 from controlplane.demo.load import Load
@@ -119,7 +120,7 @@ class Story:
             if not alert.is_firing and alert.ends_at is not None:
                 self.tell(alert.ends_at, f"{alert.alertname} is resolved", "alert")
 
-    async def _tell_decisions(self) -> decisions.RecordedDecision | None:
+    async def _tell_decisions(self) -> RecordedDecision | None:
         newest = [
             one for one in await decisions.load_newest(self.db, replica_set=self.replica_set) if one.at >= self.began
         ]

@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Protocol
 
@@ -43,6 +43,7 @@ class RunnerOptions:
     holder: str  # names this process among those that share the database
     lease_seconds: float = 10.0
     jitter: float = 0.1  # of the interval, so that many hosts do not act in step
+    channels: Mapping[str, str] = field(default_factory=dict)  # loop -> what wakes it, if not the common channel
 
 
 class Runner:
@@ -66,10 +67,11 @@ class Runner:
         self._wakes = {loop.name: asyncio.Event() for loop in loops}
         self._held = asyncio.Event()
 
-    def wake(self) -> None:
-        """Let every loop take its next round now."""
-        for event in self._wakes.values():
-            event.set()
+    def wake(self, channel: str | None = None) -> None:
+        """Let the loops that this channel wakes take their next round now; without one, every loop."""
+        for name, event in self._wakes.items():
+            if channel in (None, self._options.channels.get(name, WAKE_CHANNEL)):
+                event.set()
 
     async def run(self) -> None:
         """Run until cancelled; then give the lease back, so that another process need not wait for it to expire."""
@@ -118,8 +120,8 @@ class Runner:
     async def _listen(self) -> None:
         while True:
             with suppress(DatabaseError):
-                async for _ in self._db.listen(WAKE_CHANNEL):
-                    self.wake()
+                async for channel in self._db.listen(*{WAKE_CHANNEL, *self._options.channels.values()}):
+                    self.wake(channel or None)  # just connected: what was announced before is lost
             await asyncio.sleep(_RETRY_SECONDS)
 
     async def _turn(self, loop: Loop) -> None:

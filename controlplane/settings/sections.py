@@ -75,6 +75,9 @@ class WebhookSettings(Section):
         default=None, description="header that holds the time that is signed with the body"
     )
     max_body_bytes: Count = Field(default=4 * 1024 * 1024, description="larger deliveries are refused with 413")
+    max_waiting: Count = Field(
+        default=2000, description="deliveries that wait to be stored at most; more are refused with 503"
+    )
 
 
 class OperatorSettings(Section):
@@ -144,6 +147,11 @@ class AlertsSettings(Section):
         default=900.0, description="a firing alert that was not confirmed for so long no longer presses"
     )
     pull_interval_seconds: Seconds = Field(default=15.0, description="time between two pulls of the active alerts")
+    absence_seconds: Seconds = Field(
+        default=90.0,
+        description="how long a firing alert must be missing from every pull to be resolved: "
+        "a source that has just started lists none",
+    )
 
 
 class GrafanaSettings(Section):

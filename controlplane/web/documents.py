@@ -6,8 +6,9 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
+from controlplane.core.stories import RecordedDecision
 from controlplane.core.types import Alert, Endpoint, Replica, ReplicaSet, ReplicaSetSpec
-from controlplane.db.decisions import RecordedDecision
+from controlplane.db.audit import Said
 
 Document = dict[str, Any]
 
@@ -92,6 +93,7 @@ def alert_document(one: Alert) -> Document:
         "starts_at": _time(one.starts_at),
         "ends_at": _time(one.ends_at),
         "refreshed_at": _time(one.refreshed_at),
+        "stale_since": _time(one.stale_since),
         "action": one.action,
         "step": one.step,
         "ignored_reason": one.ignored_reason,
@@ -113,6 +115,10 @@ def decision_document(one: RecordedDecision) -> Document:
         "alerts": list(one.alerts),
         "actor": one.actor,
     }
+
+
+def said_document(one: Said) -> Document:
+    return {"at": _time(one.at), "actor": one.actor, "kind": one.kind, "subject": one.subject, "words": one.words}
 
 
 def _time(time: datetime | None) -> str | None:

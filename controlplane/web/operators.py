@@ -23,7 +23,7 @@ from starlette.routing import Route
 from controlplane.core.times import parse_time
 from controlplane.core.types import Phase, ReplicaSet, ReplicaSetSpec
 from controlplane.core.verbs import Verb
-from controlplane.db import Database, NotFound, alerts, decisions, endpoints, replica_sets, replicas
+from controlplane.db import Database, NotFound, alerts, audit, decisions, endpoints, replica_sets, replicas
 from controlplane.slurm.script import ScriptError, ScriptOptions, check
 from controlplane.specs import SpecError, faults_of, parse_one
 from controlplane.specs.file_format import CountOrNone, Text
@@ -31,6 +31,7 @@ from controlplane.web import documents
 from controlplane.web.bodies import read_body
 from controlplane.web.credentials import OperatorToken, actor_of
 from controlplane.web.errors import Refused
+from controlplane.web.why import Whys
 
 _SHOWN = 100
 _MOST_SHOWN = 1000
@@ -79,6 +80,10 @@ class PauseBody(_Body):
     until: Annotated[datetime, BeforeValidator(_utc)] | None = None
 
 
+class ReasonBody(_Body):
+    reason: Text | None = None
+
+
 class EmptyBody(_Body):
     pass
 
@@ -110,13 +115,20 @@ def routes(
     def verb(path: str, answer: Answer, *, method: str = "POST") -> Route:
         return route(method, path, answer, parameters=("dry_run",))
 
-    reads, sets = _Reads(db), _ReplicaSetVerbs(db, script)
+    def story(path: str, tell: Callable[[str, Mapping[str, str], datetime], Awaitable[documents.Document]]) -> Route:
+        return route("GET", path, lambda order: tell(order.name, order.parameters, order.now), parameters=("at",))
+
+    reads, sets, whys = _Reads(db), _ReplicaSetVerbs(db, script), Whys(db)
     return [
         route("GET", "replica-sets", reads.replica_sets),
         route("GET", "replicas", reads.replicas, parameters=("limit",)),
         route("GET", "endpoints", reads.endpoints),
         route("GET", "alerts", reads.alerts, parameters=("since",)),
         route("GET", "decisions", reads.decisions, parameters=("replica_set", "limit")),
+        route("GET", "audit", reads.audit, parameters=("limit",)),
+        story("replica-sets/{name}/why", whys.of_set),
+        story("replicas/{name}/why", whys.of_replica),
+        story("slurm-jobs/{name}/why", whys.of_job),
         verb("replica-sets/{name}", sets.apply, method="PUT"),
         verb("replica-sets/{name}/scale", sets.scale),
         verb("replica-sets/{name}/pause", sets.pause),
@@ -159,6 +171,10 @@ class _Reads:
             name = _checked_name(name)
         newest = await decisions.load_newest(self._db, replica_set=name, limit=_limit(order.parameters))
         return {"decisions": [documents.decision_document(one) for one in newest]}
+
+    async def audit(self, order: Order) -> documents.Document:
+        newest = await audit.load_newest(self._db, limit=_limit(order.parameters))
+        return {"audit": [documents.said_document(one) for one in newest]}
 
 
 class _ReplicaSetVerbs:
@@ -214,9 +230,9 @@ class _ReplicaSetVerbs:
 
 def _replica_verb(db: Database, word: Verb) -> Answer:
     async def answer(order: Order) -> documents.Document:
-        _read(order, EmptyBody)
+        name, reason = _checked_name(order.name), _read(order, ReasonBody).reason
         obeyed = await replicas.obey(
-            db, _checked_name(order.name), word, actor=order.actor, now=order.now, dry_run=order.is_dry_run
+            db, name, word, actor=order.actor, now=order.now, reason=reason, dry_run=order.is_dry_run
         )
         return {
             "changed": obeyed.is_changed,

@@ -6,7 +6,6 @@ are left out (a gap, not a zero) and `controlplane_database_up` is 0.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
@@ -20,9 +19,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from controlplane.core.pending import word_of
 from controlplane.core.types import LIVE_PHASES, Phase
-from controlplane.db import Database, DatabaseError, endpoints, replica_sets, replicas, slurm_jobs
+from controlplane.db import Database, DatabaseError, alerts, endpoints, replica_sets, replicas, slurm_jobs
 from controlplane.metrics import ControlPlaneMetrics
+from controlplane.web.payloads import Source
 
 
 def routes(db: Database, metrics: ControlPlaneMetrics, clock: Callable[[], datetime]) -> list[Route]:
@@ -76,11 +77,17 @@ async def observe(db: Database, now: datetime) -> list[Metric]:
     )
     oldest: dict[tuple[str, str], float] = {}
     for job in await slurm_jobs.load_pending(db):
-        key = (job.replica_set, _word(job.state_reason))
+        key = (job.replica_set, word_of(job.state_reason))
         oldest[key] = max(oldest.get(key, 0.0), _age(job.since, now))
     for (replica_set, reason), age in oldest.items():
         pending.add_metric([replica_set, reason], age)
-    return [by_phase, desired, ready, confirmed, pending]
+    stale = GaugeMetricFamily(
+        "controlplane_alerts_stale", "Firing alerts that nobody confirms any more", labels=["source"]
+    )
+    stale_by_source = await alerts.count_stale(db)
+    for source in Source:
+        stale.add_metric([source], stale_by_source.get(source, 0))
+    return [by_phase, desired, ready, confirmed, pending, stale]
 
 
 class _Joined(Collector):
@@ -97,9 +104,3 @@ class _Joined(Collector):
 
 def _age(then: datetime, now: datetime) -> float:
     return max(0.0, (now - then).total_seconds())
-
-
-def _word(state_reason: str) -> str:
-    """Slurm's reasons are words, some followed by node names, which would make a series each."""
-    match = re.match(r"\w{1,64}", state_reason)
-    return match[0] if match else "None"

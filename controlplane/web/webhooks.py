@@ -7,7 +7,7 @@ harmless and are answered alike; Slurm is never asked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 
 from loguru import logger
@@ -15,18 +15,17 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from controlplane.core.alerts import judge
-from controlplane.core.types import Alert, ReplicaSet
-from controlplane.db import Database, DbUnavailable, Duplicate, alerts, replica_sets
+from controlplane.db import DatabaseError, DbUnavailable, Duplicate, alerts
 from controlplane.metrics import ControlPlaneMetrics
 from controlplane.web.bodies import read_body
 from controlplane.web.credentials import WebhookCredentials, check_webhook
 from controlplane.web.errors import Refused
-from controlplane.web.payloads import Delivery, Source, ToldAlert, parse
+from controlplane.web.intake import Intake, Overloaded, Parcel
+from controlplane.web.payloads import Delivery, Source, parse
 
 
 def routes(
-    db: Database,
+    intake: Intake,
     credentials: WebhookCredentials,
     metrics: ControlPlaneMetrics,
     clock: Callable[[], datetime],
@@ -37,9 +36,9 @@ def routes(
         async def receive(request: Request) -> JSONResponse:
             try:
                 body = await read_body(request, max_body_bytes)
-                stored, delivery = await _store(db, credentials, source, body, request.headers, clock())
-            except (Refused, DbUnavailable) as error:
-                outcome = _OUTCOMES[error.status_code if isinstance(error, Refused) else 503]
+                stored, delivery = await _store(intake, credentials, source, body, request.headers, clock())
+            except (Refused, DatabaseError) as error:
+                outcome = _outcome(error)
                 metrics.alerts.labels(source, outcome).inc()
                 logger.warning("webhook refused", source=source, outcome=outcome, error=str(error)[:256])
                 raise
@@ -61,46 +60,31 @@ def routes(
     return [route(source) for source in Source]
 
 
-_OUTCOMES = {400: "malformed", 401: "unauthorized", 413: "too_large", 503: "unavailable"}
+_OUTCOMES = {400: "malformed", 401: "unauthorized", 413: "too_large", 503: "overloaded"}
 """Words of `controlplane_alerts_total` for a delivery that was refused as a whole, and counts once."""
 
 
+def _outcome(error: Refused | DatabaseError) -> str:
+    if isinstance(error, Refused):
+        return _OUTCOMES[error.status_code]
+    return "unavailable" if isinstance(error, DbUnavailable) else "failed"
+
+
 async def _store(
-    db: Database,
+    intake: Intake,
     credentials: WebhookCredentials,
     source: Source,
     body: bytes,
     headers: Mapping[str, str],
     now: datetime,
 ) -> tuple[alerts.Stored, Delivery]:
-    signature = check_webhook(credentials, headers, body, now=now)
+    used = check_webhook(credentials, headers, body, now=now)
     delivery = parse(source, body)
-    known = await replica_sets.load_all(db)
-    arrived = [(_judged(source, told, known, now), told.payload) for told in delivery.alerts]
+    signature = (used.digest, used.expires_at) if used else None
     try:
-        stored = await alerts.store(
-            db, arrived, now=now, signature=(signature.digest, signature.expires_at) if signature else None
-        )
+        stored = await intake.store(Parcel(source, delivery, len(body), now, signature))
     except Duplicate:
         raise Refused(401, "this signature was used before") from None
+    except Overloaded as error:
+        raise Refused(503, f"{error}; try again later", headers={"Retry-After": "1"}) from None
     return stored, delivery
-
-
-def _judged(source: Source, told: ToldAlert, known: Iterable[ReplicaSet], now: datetime) -> Alert:
-    verdict = judge(told.labels, told.annotations, known)
-    return Alert(
-        source=source,
-        org_id=told.org_id,
-        fingerprint=told.fingerprint,
-        alertname=told.labels.get("alertname", ""),
-        is_firing=told.is_firing,
-        starts_at=told.starts_at,
-        ends_at=told.ends_at,
-        refreshed_at=now,
-        labels=told.labels,
-        annotations=told.annotations,
-        values=told.values,
-        action=verdict.action,
-        ignored_reason=verdict.ignored_reason,
-        step=verdict.step,
-    )

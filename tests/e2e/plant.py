@@ -125,7 +125,7 @@ class Plant(Server):
         async with Database(DatabaseOptions(self.database_url)) as db:
             async with db.connection() as connection:  # test databases are copies; on one Slurm they are installations
                 await connection.execute("UPDATE installation SET instance_id = DEFAULT")
-            self.api_key, _ = await keys.create(db, "plant", models=None, expires_at=None, now=utc_now())
+            self.api_key, _ = await keys.create(db, "plant", models=None, expires_at=None, actor="test", now=utc_now())
 
     def _wait_until_ready(self, name: str) -> None:
         def is_ready() -> bool:

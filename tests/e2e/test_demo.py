@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,4 +39,10 @@ def test_the_demo_shows_the_whole_loop_and_leaves_no_process_behind(session_dire
     assert "0 failed, 0 broken" in done.stdout
     assert "3 at most, 1 at the end" in done.stdout
     assert "alert to sbatch" in done.stdout
+    _, _, why = " ".join(done.stdout.split()).partition("controlplane why cp-demo-")
+    assert re.search(r" alert [A-Z][\w ]+ \(scale_up\): ", why), why
+    assert re.search(r" decision SCALED_UP, (1 -> 2|2 -> 3): [A-Z]", why), why
+    assert re.search(
+        r" job (\d+) RUNNING on n\d .+ endpoint READY at http.+ end ENDED, SCALED_DOWN: job \1 ended", why
+    ), why
     assert processes_that_mention(str(directory)) == []

@@ -220,7 +220,7 @@ async def start_replica(db: Database, name: str) -> Replica:
 async def make_key(db: Database, *models: str, lasts: timedelta | None = None) -> str:
     now = utc_now()
     expires_at = None if lasts is None else now + lasts
-    key, _ = await keys.create(db, "tenant", models=models or None, expires_at=expires_at, now=now)
+    key, _ = await keys.create(db, "tenant", models=models or None, expires_at=expires_at, actor="test", now=now)
     return key
 
 

@@ -19,19 +19,20 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from controlplane.cli import cli
-from controlplane.core.types import Phase, ReplicaSet
-from controlplane.db import Database, decisions, keys, replica_sets
+from controlplane.core.types import JobState, Phase, ReplicaSet
+from controlplane.db import Database, decisions, keys, replica_sets, slurm_jobs
 from controlplane.demo.postgres import PrivatePostgres
 from controlplane.demo.slurm_cluster import SlurmCluster
-from tests.integration.db_rows import make_replica, make_set, opened
+from tests.integration.db_rows import NOW, make_replica, make_set, opened
+from tests.integration.lives import fires, job, whole_life
 
 T = TypeVar("T")
 
 NOWHERE = "postgresql://someone:hunter2@127.0.0.1:1/nothing"
-NOUNS = ("replica-sets", "replicas", "endpoints", "alerts", "decisions")
+NOUNS = ("replica-sets", "replicas", "endpoints", "alerts", "decisions", "audit")
 VERBS: tuple[str, ...]
 VERBS = ("serve", "migrate", "apply", "get", "scale", "pause", "resume", "drain", "undrain", "cancel", "check", "demo")
-VERBS += ("keys create", "keys list", "keys revoke")
+VERBS += ("why", "keys create", "keys list", "keys revoke")
 OFFICE_BOX = """
 replica_sets:
   - name: office-box
@@ -350,6 +351,83 @@ def test_watching_a_table_ends_cleanly(database_url: str) -> None:
     assert "Traceback" not in stderr
 
 
+# --- why ---------------------------------------------------------------------------------------------------
+
+
+def test_why_tells_of_a_replica_from_the_alert_to_its_end(run: Callable[..., Result], database_url: str) -> None:
+    replica = with_db(database_url, whole_life)
+    for subject in (replica.name, str(replica.slurm_job_id)):
+        told = run("why", subject)
+        assert told.exit_code == 0, told.output
+        assert "x" * 32 not in told.output, "a replica's secret"
+        lines = [" ".join(line.split()) for line in told.output.splitlines()]
+        assert lines[0].startswith(
+            f"{replica.name} of a ENDED since 2026-01-01 12:00:52 UTC, job {replica.slurm_job_id}"
+        )
+        assert lines[1] == "made because: SCALED_UP, 0 -> 1: SCALED_UP for a test"
+        words = [line.split(maxsplit=2)[2] for line in lines if line.startswith("2026-01-01")]
+        assert words[0].startswith("alert Requests queue (scale_up): m: 22 requests wait; A = 22")
+        assert words[1] == "refused because COOLDOWN: COOLDOWN for a test"
+        assert words[-1] == "end ENDED, SCALED_DOWN"
+
+
+def test_why_tells_of_a_set_now_and_then(run: Callable[..., Result], database_url: str) -> None:
+    replica = with_db(database_url, whole_life)
+    now, then = run("why", "a").output, run("why", "a", "--at", "2026-01-01T13:00:12+01:00").output
+    assert "a (model m): 0 wanted, bounds 0 to 4" in now
+    assert "no alert fires" in now
+    assert f"{replica.name} ENDED" in now
+    assert then.startswith("as it was at 2026-01-01 12:00:12 UTC")
+    assert "a (model m): 1 wanted" in then
+    assert "presses: Requests queue (scale_up)" in then
+    assert f"{replica.name} QUEUED" in then
+    assert "Jobs with a higher priority come first." in then
+    assert "what to do: Wait, or want fewer with `controlplane scale a`." in then
+    assert json.loads(run("why", "a", "-o", "json").output)["desired_replicas"] == 0
+
+
+def test_why_of_a_set_with_fixed_endpoints_tells_how_they_are(run: Callable[..., Result]) -> None:
+    assert apply(run).exit_code == 0
+    told = run("why", "office-box").output
+    assert "fixed endpoint UNPROVEN at http://127.0.0.1:9" in told
+    assert "no replicas" not in told
+    assert "topsecret" not in told + run("why", "office-box", "-o", "json").output
+
+
+def test_what_others_wrote_does_not_steer_the_terminal(run: Callable[..., Result], database_url: str) -> None:
+    async def world(db: Database) -> None:
+        await make_set(db, "a")
+        await fires(db, NOW, annotations={"summary": "[bold]red[/] \x1b[31m\nand more"})
+
+    with_db(database_url, world)
+    told = run("why", "a").output
+    assert "[bold]red[/] \N{REPLACEMENT CHARACTER}[31m\N{REPLACEMENT CHARACTER}and more" in told
+
+
+def test_why_says_what_it_does_not_understand(run: Callable[..., Result], database_url: str) -> None:
+    with_db(database_url, a_set)
+    assert "there is no replica set and no replica 'nothing'" in one_sentence(run("why", "nothing"))
+    assert "had the Slurm job 4711" in one_sentence(run("why", "4711"))
+    assert "at: the replica set a was made at" in one_sentence(run("why", "a", "--at", "2020-01-01T00:00Z"))
+    for text in ("10m", "yesterday", "2026-01-01T12:00", "2999-01-01T00:00Z", "-10y"):
+        refused = run("why", "a", "--at", text)
+        assert refused.exit_code == 2, text
+        assert "--at" in refused.stderr
+
+
+def test_a_queued_replica_says_what_it_waits_for(run: Callable[..., Result], database_url: str) -> None:
+    async def world(db: Database) -> None:
+        queued = await make_replica(db, await a_set(db), Phase.QUEUED)
+        waiting = job(queued, JobState.PENDING, state_reason="QOSMaxGRESPerUser")
+        await slurm_jobs.record(db, [(queued.id, waiting)], NOW)
+
+    with_db(database_url, world)
+    [one] = json.loads(run("get", "replicas", "-o", "json").output)
+    assert one["pending"]["state_reason"] == "QOSMaxGRESPerUser"
+    assert "QOSMaxGRESPerUser" in run("get", "replicas").output
+    assert one["pending"]["remedy"] in run("get", "replicas", "-o", "wide").output
+
+
 # --- keys ------------------------------------------------------------------------------------------------
 
 
@@ -368,6 +446,9 @@ def test_a_key_is_printed_alone_once_and_can_be_revoked(run: Callable[..., Resul
         assert key not in listed
     assert run("keys", "revoke", stored.prefix).output == f"{stored.prefix} of physics is revoked\n"
     assert "revoked" in run("keys", "list").output
+    said = json.loads(run("get", "audit", "-o", "json").output)
+    assert [one["subject"] for one in said] == [stored.prefix] * 2
+    assert key not in str(said)
 
 
 def test_a_key_made_as_json_is_whole(run: Callable[..., Result]) -> None:

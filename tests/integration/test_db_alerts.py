@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from controlplane.core.scaling import pressures
 from controlplane.core.types import Alert, AlertAction
 from controlplane.db import Database, Duplicate, alerts
 from controlplane.demo.postgres import PrivatePostgres
 from tests.conftest import eventually
-from tests.integration.db_rows import NOW, opened
+from tests.integration.db_rows import NOW, make_set, opened
 
 
 @pytest.fixture
@@ -83,6 +84,20 @@ async def test_a_repeated_word_refreshes_what_was_said_and_never_sets_the_clock_
     await store(db, told(annotations={"summary": "9 waiting"}), now=after(2))
     (alert,) = (await stored(db)).values()
     assert (alert.refreshed_at, alert.annotations) == (after(3), {"summary": "9 waiting"})
+
+
+async def test_an_end_in_blindness_does_not_hide_that_more_was_wanted_until_then(db: Database) -> None:
+    """A paused rule or a vanished series ends the pressure; the window before anything shrinks begins there."""
+    await store(db, told(0, annotations={}))
+    blind = told(0, 5, action=None, ignored_reason="state_reason", annotations={"grafana_state_reason": "Paused"})
+    await store(db, blind, now=after(5))
+    await store(db, blind, now=after(5))
+    [alert] = (await stored(db)).values()
+    assert (alert.is_firing, alert.action, alert.ignored_reason) == (False, AlertAction.SCALE_UP, None)
+    replica_set = await make_set(db, "a", model="m")
+    named = replace(alert, labels={"model": "m"})
+    pressure = pressures([replica_set], [named], now=after(6), stale_after=timedelta(hours=1))["a"]
+    assert (pressure.up, pressure.last_up_at) == ((), after(5))
 
 
 _EPISODES = [(0, None), (0, 4), (5, None), (5, 6), (5, 7), (9, None)]

@@ -79,7 +79,7 @@ async def test_of_many_who_ask_at_once_one_gets_the_lease(db: Database) -> None:
 
 
 async def test_a_key_is_known_by_its_hash_only_and_revoked_by_its_prefix(db: Database) -> None:
-    key, made = await keys.create(db, "lab", models=["m"], expires_at=NOW + LONG, now=NOW)
+    key, made = await keys.create(db, "lab", models=["m"], expires_at=NOW + LONG, actor="ann", now=NOW)
     assert made.key_hash == keys.hash_key(key)
     assert key.startswith(made.prefix)
     assert (made.tenant, made.models) == ("lab", frozenset({"m"}))
@@ -89,11 +89,11 @@ async def test_a_key_is_known_by_its_hash_only_and_revoked_by_its_prefix(db: Dat
     assert key not in row["all"]
     assert await keys.load_active(db, NOW) == (made,)
     assert await keys.load_active(db, NOW + LONG) == ()
-    revoked = await keys.revoke(db, key, NOW)
-    assert await keys.revoke(db, made.prefix, NOW + LONG) == revoked
+    revoked = await keys.revoke(db, key, NOW, actor="ann")
+    assert await keys.revoke(db, made.prefix, NOW + LONG, actor="ann") == revoked
     assert await keys.load_active(db, NOW) == ()
     with pytest.raises(NotFound):
-        await keys.revoke(db, "sk-nobody00", NOW)
+        await keys.revoke(db, "sk-nobody00", NOW, actor="ann")
 
 
 async def test_a_migrated_database_lacks_nothing_and_an_empty_one_lacks_all(db: Database) -> None:

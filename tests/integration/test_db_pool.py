@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import socket
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import psycopg
 import pytest
 
-from controlplane.db import Database, DatabaseOptions
+from controlplane.db import Database, DatabaseOptions, DbUnavailable
+from controlplane.db.pool import Connection
+from tests.conftest import eventually
 from tests.integration.db_rows import opened
 
 
@@ -62,3 +68,40 @@ async def test_a_cancelled_query_on_a_server_that_goes_away_ends_cancelled(datab
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking
+
+
+@asynccontextmanager
+async def frozen_backend(connection: Connection) -> AsyncIterator[int]:
+    """Stop the server's process behind this connection. Nothing breaks: its kernel goes on answering keep-alives."""
+    row = await (await connection.execute("SELECT pg_backend_pid() AS pid")).fetchone()
+    assert row is not None
+    os.kill(row["pid"], signal.SIGSTOP)
+    try:
+        yield row["pid"]
+    finally:
+        os.kill(row["pid"], signal.SIGCONT)
+
+
+async def test_who_waits_for_a_frozen_server_is_told_that_it_is_away(database_url: str) -> None:
+    options = DatabaseOptions(database_url, timeout_seconds=0.2, statement_timeout_seconds=0.2)
+    async with Database(options) as db, asyncio.timeout(30):
+        with pytest.raises(DbUnavailable):
+            async with db.connection() as connection, frozen_backend(connection):
+                await connection.execute("SELECT 1")
+
+
+async def test_an_idle_connection_to_a_frozen_process_is_exchanged(database_url: str) -> None:
+    options = DatabaseOptions(database_url, max_connections=1, timeout_seconds=5)
+    async with Database(options) as db, asyncio.timeout(60), AsyncExitStack() as stack:
+        async with db.connection() as connection:
+            frozen = await stack.enter_async_context(frozen_backend(connection))
+
+        async def another() -> bool:
+            try:
+                async with db.connection() as connection:
+                    row = await (await connection.execute("SELECT pg_backend_pid() AS pid")).fetchone()
+            except DbUnavailable:
+                return False  # the time to get one was spent on looking at the frozen one
+            return row is not None and row["pid"] != frozen
+
+        await eventually(another, timeout_seconds=30)

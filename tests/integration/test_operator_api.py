@@ -44,7 +44,8 @@ SLURM_SET = {
     "max_replicas": 4,
     "slurm": {"time_limit_seconds": 3600},
 }
-READS = ["replica-sets", "replicas", "endpoints", "alerts", "decisions"]
+READS = ["replica-sets", "replicas", "endpoints", "alerts", "decisions", "audit"]
+STORIES = ["replica-sets/a/why", "replicas/cp-a-1/why", "slurm-jobs/1/why"]
 VERBS = [
     ("PUT", "replica-sets/a"),
     ("POST", "replica-sets/a/scale"),
@@ -65,7 +66,7 @@ async def test_without_an_operators_token_nothing_is_shown_and_nothing_is_done(
     rig: WebRig, authorization: str | None
 ) -> None:
     headers = {"Authorization": authorization} if authorization else {}
-    for method, path in [*(("GET", read) for read in READS), *VERBS]:
+    for method, path in [*(("GET", read) for read in (*READS, *STORIES)), *VERBS]:
         answer = await rig.ask(method, f"/api/v1/{path}", SLURM_SET if method == "PUT" else None, headers=headers)
         assert answer.status_code == 401, path
         assert "token" not in answer.json()["error"]["message"].replace("bearer token", "")

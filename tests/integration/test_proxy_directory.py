@@ -126,7 +126,7 @@ async def test_a_new_key_works_and_a_revoked_key_stops_working_at_once(db: Datab
         proxy.client.headers["authorization"] = f"Bearer {key}"
 
         await until_status(proxy.models, 200)
-        await keys.revoke(db, key, utc_now())
+        await keys.revoke(db, key, utc_now(), actor="test")
         await until_status(proxy.models, 401)
 
 
@@ -216,7 +216,7 @@ async def test_changes_are_heard_of_again_after_the_listening_connection_broke(d
         async with db.connection() as connection:
             await connection.execute("SELECT pg_terminate_backend(%s)", (listener,))
         await until(lambda: listeners(db), lambda found: found and found != [listener])
-        await keys.revoke(db, key, utc_now())
+        await keys.revoke(db, key, utc_now(), actor="test")
         await until_status(proxy.models, 401)
 
 

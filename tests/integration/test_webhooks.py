@@ -7,83 +7,28 @@ import base64
 import hashlib
 import hmac
 import json
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
-from prometheus_client import CollectorRegistry
 
-from controlplane.core.types import Alert, AlertAction
-from controlplane.db import Database, DatabaseOptions, alerts
-from controlplane.metrics import ControlPlaneMetrics
-from controlplane.web import WebhookCredentials, WebOptions, create_app
+from controlplane.core.types import AlertAction
+from controlplane.db import Database, DatabaseOptions
+from controlplane.web import WebhookCredentials
 from tests.conftest import eventually
 from tests.integration.db_rows import make_set, opened
+from tests.integration.webhook_rig import BEARER, FIXTURES, SIGNED_AT, TOKEN, Rig, fixture, forget_everything, ours
 
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "grafana"
 SIGNATURE, TIMESTAMP = "X-Grafana-Alerting-Signature", "X-Grafana-Alerting-Timestamp"
-SIGNED_AT = datetime.fromtimestamp(1795341083, UTC)  # when the recorded signature was made
-BEARER = {"Authorization": "Bearer test-token"}
-TOKEN = WebhookCredentials(bearer_tokens=("test-token",))
 LIMIT = 4 * 1024 * 1024
-
-
-@dataclass
-class Rig:
-    db: Database
-    credentials: WebhookCredentials = TOKEN
-    now: datetime = SIGNED_AT
-    registry: CollectorRegistry = field(default_factory=CollectorRegistry)
-
-    def __post_init__(self) -> None:
-        self._metrics = ControlPlaneMetrics(self.registry)
-
-    async def post(
-        self, body: Any, headers: Mapping[str, str] = BEARER, *, source: str = "grafana", path: str | None = None
-    ) -> httpx.Response:
-        content = body if isinstance(body, bytes | AsyncIterator) else json.dumps(body).encode()
-        app = create_app(
-            self.db,
-            WebOptions(webhook=self.credentials),
-            self._metrics,
-            slurm_status=lambda: None,
-            clock=lambda: self.now,
-        )
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://cp") as client:
-            return await client.post(path or f"/webhooks/{source}", content=content, headers=dict(headers))
-
-    async def stored(self) -> dict[str, Alert]:
-        return {one.fingerprint: one for one in await alerts.load_since(self.db, datetime(1900, 1, 1, tzinfo=UTC))}
-
-    def counted(self, outcome: str, source: str = "grafana") -> float:
-        labels = {"source": source, "outcome": outcome}
-        return self.registry.get_sample_value("controlplane_alerts_total", labels) or 0.0
 
 
 @pytest.fixture
 async def rig(shared_url: str) -> AsyncIterator[Rig]:
     async with opened(shared_url) as db:
-        async with db.connection() as connection:
-            await connection.execute("TRUNCATE alerts, alert_deliveries, webhook_signatures, replica_sets CASCADE")
+        await forget_everything(db)
         yield Rig(db)
-
-
-def fixture(name: str) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((FIXTURES / f"{name}.json").read_text())
-    return loaded
-
-
-def ours(name: str = "grafana-firing", *, fingerprint: str | None = None, **labels: str) -> dict[str, Any]:
-    """A recorded body whose alerts have the labels that let them act."""
-    body = fixture(name)
-    for alert in body["alerts"]:
-        alert["labels"] |= {"owner": "controlplane", "action": "scale_up", "model": "qwen3-8b", **labels}
-        alert["fingerprint"] = fingerprint or alert["fingerprint"]
-    return body
 
 
 def basic(pair: str) -> dict[str, str]:
@@ -505,3 +450,72 @@ def test_credentials_are_never_shown_and_never_empty() -> None:
     )
     with pytest.raises(ValueError, match="empty secret"):
         WebhookCredentials(bearer_tokens=("",))
+
+
+async def test_the_recorded_signature_with_a_time_is_refused_a_day_later_and_a_day_before(rig: Rig) -> None:
+    rig.credentials = TIMED
+    for days in (-1, 1):
+        rig.now = SIGNED_AT + timedelta(days=days)
+        answer = await rig.post(RAW, SIGNED_WITH_TIME)
+        assert answer.status_code == 401
+        assert "compare the clocks" in answer.json()["error"]["message"]
+    assert await rig.stored() == {}
+
+
+async def test_a_replay_is_refused_by_every_control_plane_and_after_a_restart(rig: Rig) -> None:
+    rig.credentials = TIMED
+    assert (await rig.post(RAW, SIGNED_WITH_TIME)).status_code == 202
+    again = Rig(rig.db, credentials=TIMED)
+    assert (await again.post(RAW, SIGNED_WITH_TIME)).status_code == 401
+
+
+async def test_of_one_signature_sent_many_times_at_once_one_is_good(rig: Rig) -> None:
+    rig.credentials = TIMED
+    answers = await asyncio.gather(*(rig.post(RAW, SIGNED_WITH_TIME) for _ in range(20)))
+    assert sorted(answer.status_code for answer in answers) == [202, *[401] * 19]
+
+
+async def test_without_a_time_the_same_signature_is_a_repeat_as_every_repeat_is(rig: Rig) -> None:
+    rig.credentials = HMAC
+    assert [(await rig.post(RAW, SIGNED)).status_code for _ in range(3)] == [202, 202, 202]
+    assert rig.counted("duplicates") == 2
+
+
+async def test_secrets_rotate_without_a_gap_and_the_old_one_is_refused_when_it_is_removed(rig: Rig) -> None:
+    def secrets(*names: str) -> WebhookCredentials:
+        return WebhookCredentials(hmac_secrets=names, hmac_timestamp_header=TIMESTAMP)
+
+    async def tried(secret: str, at: int) -> int:
+        return (await rig.post(RAW, signed(str(1795341083 + at), secret=secret))).status_code
+
+    rig.credentials = secrets("old")
+    assert (await tried("old", 0), await tried("new", 1)) == (202, 401)
+    rig.credentials = secrets("new", "old")
+    assert (await tried("old", 2), await tried("new", 3)) == (202, 202)
+    rig.credentials = secrets("new")
+    assert (await tried("old", 4), await tried("new", 5)) == (401, 202)
+
+
+@pytest.mark.parametrize(
+    "kind", ["text/plain", "application/x-www-form-urlencoded", "application/json; charset=utf-16", ""]
+)
+async def test_the_body_counts_and_not_what_it_is_said_to_be(rig: Rig, kind: str) -> None:
+    assert (await rig.post(fixture("grafana-firing"), {**BEARER, "Content-Type": kind})).status_code == 202
+    refused = await rig.post(b"payload=%7B%7D", {**BEARER, "Content-Type": kind})
+    assert (refused.status_code, refused.json()["error"]["message"]) == (400, "the body is not JSON")
+
+
+async def test_a_payload_of_its_owners_making_is_told_to_use_the_default_one(rig: Rig) -> None:
+    answer = await rig.post(fixture("grafana-custom-payload"))
+    assert (answer.status_code, answer.json()["error"]["field"]) == (400, "version")
+    assert "use the default payload" in answer.json()["error"]["message"]
+
+
+async def test_a_group_of_thousands_of_alerts_is_stored_whole(rig: Rig) -> None:
+    await make_set(rig.db, model="qwen3-8b")
+    body = ours()
+    body["alerts"] = [{**body["alerts"][0], "fingerprint": f"{n:016x}"} for n in range(2500)]
+    assert len(json.dumps(body)) < LIMIT
+    answer = await rig.post(body)
+    assert (answer.status_code, answer.json()["accepted"]) == (202, 2500)
+    assert len(await rig.stored()) == 2500

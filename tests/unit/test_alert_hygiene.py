@@ -8,26 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlplane.core.alerts import MAX_STEP, Ignored, Verdict, judge
-from controlplane.core.types import AlertAction, ExternalEndpoint, ReplicaSet, ReplicaSetSpec, SlurmResources
+from controlplane.core.alerts import MAX_STEP, Ignored, Target, Verdict, judge
+from controlplane.core.types import AlertAction
 
-
-def replica_set(name: str, model: str, *, is_external: bool = False) -> ReplicaSet:
-    spec = ReplicaSetSpec(
-        name,
-        model,
-        slurm=None if is_external else SlurmResources(time_limit_seconds=60),
-        endpoints=(ExternalEndpoint("http://h:1"),) if is_external else (),
+KNOWN = {
+    one.name: one
+    for one in (
+        Target("cheap", "qwen", is_external=False),
+        Target("dear-2", "qwen", is_external=False),
+        Target("tiny", "gemma", is_external=False),
+        Target("office", "phi", is_external=True),
     )
-    return ReplicaSet(spec=spec, desired_replicas=0, spec_hash="h", min_replicas=0, max_replicas=1)
-
-
-KNOWN = (
-    replica_set("cheap", "qwen"),
-    replica_set("dear-2", "qwen"),
-    replica_set("tiny", "gemma"),
-    replica_set("office", "phi", is_external=True),
-)
+}
 OURS = {"alertname": "queue is long", "owner": "controlplane"}
 UP = {**OURS, "action": "scale_up", "model": "qwen"}
 
@@ -94,7 +86,7 @@ def test_an_alert_that_came_about_by_blindness_never_presses(state: str) -> None
 
 
 def test_a_set_that_is_applied_later_makes_the_same_alert_press() -> None:
-    later = (*KNOWN, replica_set("new", "unheard-of"))
+    later = {**KNOWN, "new": Target("new", "unheard-of", is_external=False)}
     assert judge({**UP, "model": "unheard-of"}, {}, later) == Verdict(AlertAction.SCALE_UP)
 
 

@@ -12,6 +12,7 @@ from controlplane.reconcile.alerts import AlertPullOptions, AlertSource
 from controlplane.reconcile.endpoints import EndpointOptions
 from controlplane.reconcile.loop import RunnerOptions
 from controlplane.reconcile.replicas import ReplicaOptions
+from controlplane.reconcile.staleness import StalenessOptions
 from controlplane.settings import Settings, SettingsError, variables
 from controlplane.slurm.tokens import MintedToken, StaticToken, TokenCommand, TokenFile, TokenSource
 
@@ -213,7 +214,8 @@ def test_without_settings_every_room_has_its_own_defaults() -> None:
     assert app.alert_sources(settings) == []
     assert app.script_options(settings) is None
     assert settings.reconcile.lease_seconds == RunnerOptions("h").lease_seconds
-    assert settings.alerts.pull_interval_seconds == AlertPullOptions([]).interval_seconds
+    assert app.pull_options(settings, []) == AlertPullOptions([])
+    assert app.stale_after(settings) == StalenessOptions().stale_after
 
 
 def test_a_drain_is_not_over_before_a_proxy_that_is_not_told_has_read_of_it() -> None:

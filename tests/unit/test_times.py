@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlplane.core.times import parse_time
+from controlplane.core.times import parse_moment, parse_time
+
+NOW = datetime(2026, 1, 31, 12, tzinfo=UTC)
 
 
 @pytest.mark.parametrize(
@@ -56,3 +58,42 @@ def test_what_is_no_time_is_refused(text: str) -> None:
 def test_every_time_is_read_back_as_it_was_written(naive: datetime, offset_minutes: int) -> None:
     time = naive.replace(tzinfo=timezone(timedelta(minutes=offset_minutes)))
     assert parse_time(time.isoformat()) == time
+
+
+@pytest.mark.parametrize(
+    ("text", "moment"),
+    [
+        ("-90s", NOW - timedelta(seconds=90)),
+        ("-10m", NOW - timedelta(minutes=10)),
+        ("-2h", NOW - timedelta(hours=2)),
+        ("-3d", NOW - timedelta(days=3)),
+        ("2026-01-31T11:30+01:00", datetime(2026, 1, 31, 10, 30, tzinfo=UTC)),
+        ("2026-01-31 11:30:05.5Z", datetime(2026, 1, 31, 11, 30, 5, 500_000, tzinfo=UTC)),
+        (NOW.isoformat(), NOW),
+    ],
+)
+def test_a_moment_is_a_time_with_its_zone_or_how_long_ago(text: str, moment: datetime) -> None:
+    assert parse_moment(text, NOW) == moment
+    assert parse_moment(text, NOW).tzinfo is UTC
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "neither"),
+        ("10m", "neither"),
+        ("-10", "neither"),
+        ("-10w", "neither"),
+        ("-1000000d", "neither"),
+        ("-999999d", "neither"),
+        ("yesterday", "neither"),
+        ("2026-01-31T11:30", "neither"),
+        ("0001-01-01T00:00+01:00", "neither"),
+        ("2026-01-31T11:30 01:00", "neither"),
+        ("2999-01-01T00:00Z", "still to come"),
+    ],
+)
+def test_a_moment_that_is_unclear_or_to_come_is_refused_by_name(text: str, why: str) -> None:
+    with pytest.raises(ValueError, match=why) as refused:
+        parse_moment(text, NOW)
+    assert text in str(refused.value)
