@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry
 
 from controlplane import proxy, web
 from controlplane.clock import utc_now
+from controlplane.core.nodes import NodeRules
 from controlplane.core.planning import PlanRules
 from controlplane.db import PULL_CHANNEL, Database, DatabaseError, DatabaseOptions, slurm_jobs
 from controlplane.dependencies import DatabaseWatch, SlurmWatch
@@ -28,6 +29,7 @@ from controlplane.reconcile.actions import ActionOptions, Actor
 from controlplane.reconcile.alerts import AlertPullLoop, AlertPullOptions, AlertSource
 from controlplane.reconcile.endpoints import EndpointLoop, EndpointOptions
 from controlplane.reconcile.janitor import JanitorLoop, JanitorOptions
+from controlplane.reconcile.job_logs import JobLogLoop, JobLogOptions
 from controlplane.reconcile.loop import Loop, Runner, RunnerOptions
 from controlplane.reconcile.pauses import PauseLoop, PauseOptions
 from controlplane.reconcile.probe import ProbeLimits
@@ -116,6 +118,8 @@ async def _reconcile(
         instance_id = await _instance_id(db)
         actor = Actor(db, slurm, action_options(settings, instance_id), utc_now, SystemRandom())
         loops.append(ReplicaLoop(db, slurm, actor, replica_options(settings, instance_id), metrics, utc_now))
+        assert settings.slurm.job_directory is not None  # settings insist on it where there is a Slurm
+        loops.append(JobLogLoop(db, JobLogOptions(settings.slurm.job_directory)))
     # containers may share a host name and all have the process id 1
     holder = f"{socket.gethostname()}/{os.getpid()}/{secrets.token_hex(4)}"
     options = RunnerOptions(holder, settings.reconcile.lease_seconds, channels={AlertPullLoop.name: PULL_CHANNEL})
@@ -217,6 +221,17 @@ def replica_options(settings: Settings, instance_id: str) -> ReplicaOptions:
         interval_seconds=settings.reconcile.interval_seconds,
         stale_after=stale_after(settings),
         rules=PlanRules(drain_settle=drain_settle),
+        nodes=node_rules(settings),
+    )
+
+
+def node_rules(settings: Settings) -> NodeRules:
+    chosen = settings.nodes
+    return NodeRules(
+        failed_starts=chosen.failed_starts,
+        first_exclusion=timedelta(seconds=chosen.first_exclusion_seconds),
+        longest_exclusion=timedelta(seconds=chosen.longest_exclusion_seconds),
+        most_excluded_share=chosen.most_excluded_share,
     )
 
 

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import sys
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from controlplane import cli_keys
+from controlplane import cli_keys, cli_nodes
 from controlplane.cli_session import (
     FAILED,
     actor,
@@ -27,14 +25,19 @@ from controlplane.cli_session import (
     table_console,
     with_db,
 )
+from controlplane.cli_session import dry as _dry
+from controlplane.cli_session import time_of as _time
 from controlplane.clock import utc_now
 from controlplane.core.verbs import Verb
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from controlplane.core.types import ReplicaSet
     from controlplane.db import Database
 
 _RUN, _SETS, _REPLICAS, _ACCESS = "Run it", "Look, and steer replica sets", "Single replicas", "Clients"
+_NODES = "Nodes"
 
 cli = typer.Typer(
     name="controlplane",
@@ -47,9 +50,10 @@ cli = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 cli.add_typer(cli_keys.cli, name="keys", rich_help_panel=_ACCESS)
+cli.add_typer(cli_nodes.cli, name="nodes", rich_help_panel=_NODES)
 
 Role = Literal["all", "control", "proxy"]
-Noun = Literal["replica-sets", "replicas", "endpoints", "alerts", "decisions", "audit"]
+Noun = Literal["replica-sets", "replicas", "endpoints", "alerts", "decisions", "audit", "nodes"]
 Output = Literal["table", "wide", "json"]
 
 
@@ -60,6 +64,9 @@ def main() -> None:
 SetName = Annotated[str, typer.Argument(help="Its name.", show_default=False)]
 ReplicaName = Annotated[str, typer.Argument(help="Its name, cp-<set>-<number>.", show_default=False)]
 Reason = Annotated[str | None, typer.Option(help="Kept, for those who ask why later.")]
+Until = Annotated[
+    str | None, typer.Option(help="A time with its zone, or how long: 90m, 2h, 3d. Without it: until it is undone.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be; change nothing.")]
 
 
@@ -181,10 +188,10 @@ def get(
         bool, typer.Option("--watch", "-w", help="Until Ctrl-C; with -o json one line for every change.")
     ] = False,
     show_all: Annotated[
-        bool, typer.Option("--all", help="Also what is over: ended replicas, resolved alerts.")
+        bool, typer.Option("--all", help="Also what is over: ended replicas, resolved alerts, cleared nodes.")
     ] = False,
 ) -> None:
-    """Show replica sets, replicas, endpoints, alerts, decisions, or what operators said."""
+    """Show replica sets, replicas, endpoints, alerts, decisions, what operators said, or nodes kept out of new jobs."""
     from controlplane import cli_get
 
     look = cli_get.watch if watch else cli_get.show
@@ -270,32 +277,48 @@ def apply(
 @cli.command(
     rich_help_panel=_SETS,
     epilog="[bold]Examples[/]\n\ncontrolplane scale qwen3-8b --replicas 3\n\n"
+    "controlplane scale qwen3-8b 3 --until 2h --reason demo\n\n"
     "controlplane scale qwen3-8b --min 1 --max 8 --reason launch",
 )
 def scale(
     replica_set: SetName,
+    count: Annotated[int | None, typer.Argument(min=0, help="The same as --replicas.", show_default=False)] = None,
     replicas: Annotated[
-        int | None, typer.Option(min=0, help="How many are wanted now; alerts go on from there.")
+        int | None,
+        typer.Option(min=0, help="How many are wanted. With --until they are pinned; else alerts go on from there."),
     ] = None,
     low: Annotated[int | None, typer.Option("--min", min=0, help="The least there may be.")] = None,
     high: Annotated[int | None, typer.Option("--max", min=0, help="The most there may be.")] = None,
+    until: Annotated[
+        str | None, typer.Option(help="When it ends: a time with its zone, or how long: 90m, 2h, 3d.")
+    ] = None,
     reason: Reason = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Say how many replicas are wanted, or between which bounds. Bounds last until the spec is applied anew."""
+    """Say how many replicas are wanted, or between which bounds.
+
+    With --until a count is pinned, whatever alerts and schedules say, and bounds end then.
+    Without it alerts go on from the count, a pin ends, and bounds last until the next apply.
+    """
+    if count is not None and replicas is not None:
+        raise typer.BadParameter("give the count once")
+    replicas = count if replicas is None else replicas
     if replicas is None and low is None and high is None:
         raise typer.BadParameter("give --replicas, --min or --max")
     from controlplane.db import replica_sets
 
+    now = utc_now()
+    end = None if until is None else _time(until, now)
     after = with_db(
         lambda db: replica_sets.scale(
             db,
             replica_set,
             actor=actor(),
-            now=utc_now(),
+            now=now,
             replicas=replicas,
             min_replicas=low,
             max_replicas=high,
+            until=end,
             reason=reason,
             dry_run=dry_run,
         )
@@ -311,9 +334,7 @@ def scale(
 def pause(
     replica_set: SetName,
     reason: Reason = None,
-    until: Annotated[
-        str | None, typer.Option(help="A time with its zone, or how long: 90m, 2h, 3d. Without it: until resumed.")
-    ] = None,
+    until: Until = None,
     dry_run: DryRun = False,
 ) -> None:
     """Take a set out of service: no new requests, its replicas drain, none is started."""
@@ -338,13 +359,83 @@ def resume(replica_set: SetName, dry_run: DryRun = False) -> None:
     typer.echo(f"{_in_words(after)}{_dry(dry_run)}")
 
 
+MaybeSetName = Annotated[str | None, typer.Argument(help="Its name; or give --all.", show_default=False)]
+All = Annotated[bool, typer.Option("--all", help="Every set, those included that are made later.")]
+
+
+@cli.command(
+    rich_help_panel=_SETS,
+    epilog="[bold]Examples[/]\n\ncontrolplane freeze qwen3-8b --until 2h --reason benchmark\n\n"
+    "controlplane freeze --all --reason incident",
+)
+def freeze(
+    replica_set: MaybeSetName = None,
+    every: All = False,
+    reason: Reason = None,
+    until: Until = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Keep a set, or all, from being scaled by alerts and schedules; their replicas serve on.
+
+    What ends is replaced, unhealthy replicas too, and `scale` is obeyed.
+    What would have been done is recorded as FROZEN: see `controlplane get decisions`.
+    """
+    _check_whom(replica_set, every)
+    from controlplane.db import freezes
+
+    now = utc_now()
+    end = None if until is None else _time(until, now)
+
+    async def work(db: Database) -> str:
+        if replica_set is None:
+            await freezes.freeze_all(db, actor=actor(), now=now, reason=reason, until=end, dry_run=dry_run)
+            return f"all sets: frozen {_until(end, 'unfrozen')}"
+        return _in_words(
+            await freezes.freeze(db, replica_set, actor=actor(), now=now, reason=reason, until=end, dry_run=dry_run)
+        )
+
+    typer.echo(f"{with_db(work)}{_dry(dry_run)}")
+
+
+@cli.command(rich_help_panel=_SETS)
+def unfreeze(replica_set: MaybeSetName = None, every: All = False, dry_run: DryRun = False) -> None:
+    """Let alerts and schedules scale a set again, or all.
+
+    A freeze of all sets and a set's own are two: lifting the one leaves the other.
+    """
+    _check_whom(replica_set, every)
+    from controlplane.db import freezes, replica_sets
+
+    async def work(db: Database) -> str:
+        if replica_set is not None:
+            return _in_words(await freezes.unfreeze(db, replica_set, actor=actor(), now=utc_now(), dry_run=dry_run))
+        await freezes.unfreeze_all(db, actor=actor(), now=utc_now(), dry_run=dry_run)
+        own = [one.name for one in await replica_sets.load_all(db) if any(not it.is_of_all for it in one.freezes)]
+        return "all sets: not frozen" + (f", but for {', '.join(own)}, by a freeze of its own" if own else "")
+
+    typer.echo(f"{with_db(work)}{_dry(dry_run)}")
+
+
+def _check_whom(replica_set: str | None, every: bool) -> None:
+    if (replica_set is not None) is every:
+        raise typer.BadParameter("give one set's name, or --all")
+
+
 def _in_words(after: ReplicaSet) -> str:
     if after.is_paused:
-        end = f"until {after.paused_until:%Y-%m-%d %H:%M} UTC" if after.paused_until else "until resumed"
-        return f"{after.name}: paused {end}"
+        return f"{after.name}: paused {_until(after.paused_until, 'resumed')}"
     if after.spec.is_external:
         return f"{after.name}: in service"
-    return f"{after.name}: {after.desired_replicas} wanted, bounds {after.min_replicas} to {after.max_replicas}"
+    words = f"{after.name}: {after.desired_replicas} wanted, bounds {after.min_replicas} to {after.max_replicas}"
+    if after.pin is not None:
+        words += f"; pinned {_until(after.pin.until, '')}"
+    for one in after.freezes:
+        words += f"; {'all sets are ' if one.is_of_all else ''}frozen {_until(one.until, 'unfrozen')}"
+    return words
+
+
+def _until(end: datetime | None, undone: str) -> str:
+    return f"until {end:%Y-%m-%d %H:%M} UTC" if end is not None else f"until {undone}"
 
 
 # --- single replicas -------------------------------------------------------------------------------------
@@ -376,26 +467,6 @@ def _obey(name: str, verb: Verb, reason: str | None, dry_run: bool) -> None:
     )
     nothing = "" if obeyed.is_changed else ", as before"
     typer.echo(f"{obeyed.replica.name} is {obeyed.replica.phase}{nothing}{_dry(dry_run)}")
-
-
-def _time(text: str, now: datetime) -> datetime:
-    units = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
-    if match := re.fullmatch(r"(\d{1,6})([smhd])", text):
-        return now + timedelta(**{units[match[2]]: int(match[1])})
-    try:
-        time = datetime.fromisoformat(text)
-    except ValueError:
-        time = None
-    if time is None or time.tzinfo is None:
-        raise typer.BadParameter(
-            f"{text!r} is neither a time with its zone, as 2027-01-31T18:00+01:00, nor how long, as 90m, 2h or 3d",
-            param_hint="--until",
-        )
-    return time.astimezone(UTC)
-
-
-def _dry(dry_run: bool) -> str:
-    return " (dry run: nothing was changed)" if dry_run else ""
 
 
 if __name__ == "__main__":

@@ -30,8 +30,11 @@ from controlplane.db import (
     DbUnavailable,
     alerts,
     audit,
+    back_offs,
     decisions,
     endpoints,
+    job_logs,
+    nodes,
     replica_sets,
     replicas,
     slurm_jobs,
@@ -46,8 +49,8 @@ _COLOURS = {
     **dict.fromkeys(("READY", "RUNNING", "yes", "serves"), "green"),
     **dict.fromkeys(("PENDING", "SUBMITTING", "QUEUED", "UNPROVEN", "DRAINING", "STOPPING", "paused"), "yellow"),
     "stale": "yellow",
-    **dict.fromkeys(("FAILING", "firing"), "red"),
-    **dict.fromkeys(("ENDED", "resolved"), "dim"),
+    **dict.fromkeys(("FAILING", "firing", "backing off", "serves, backs off"), "red"),
+    **dict.fromkeys(("ENDED", "resolved", "cleared"), "dim"),
 }
 
 
@@ -146,11 +149,13 @@ async def _replica_sets(db: Database, _show_all: bool) -> list[Document]:
     live = Counter(one.replica_set for one in await replicas.load_live(db) if one.phase in EXISTING_PHASES)
     routable = Counter(one.replica_set for one in await endpoints.load_routable(db))
     latest = await decisions.load_latest(db)
+    pauses = await back_offs.load(db)
     return [
         {
             **documents.replica_set_document(one),
             "existing_replicas": live[one.name],
             "routable_endpoints": routable[one.name],
+            "back_off": documents.back_off_document(pauses.get(one.name)),
             "latest_decision": documents.decision_document(latest[one.name]) if one.name in latest else None,
         }
         for one in await replica_sets.load_all(db)
@@ -163,11 +168,13 @@ async def _replicas(db: Database, show_all: bool) -> list[Document]:
     health = {one.replica: one.health for one in await endpoints.load_live(db)}
     waiting = {one.replica: _waiting(one) for one in await slurm_jobs.load_pending(db)}
     shown = sorted([*live, *(ended if show_all else ())], key=lambda one: one.id)
+    logs = await job_logs.load(db, [one.name for one in shown])
     return [
         {
             **documents.replica_document(one),
             "endpoint_health": health.get(one.name),
             "pending": waiting.get(one.name) if one.phase is Phase.QUEUED else None,
+            "log": documents.log_document(logs.get(one.name)),
         }
         for one in shown
     ]
@@ -182,6 +189,10 @@ def _waiting(job: slurm_jobs.PendingJob) -> Document:
         "meaning": waiting.meaning,
         "remedy": waiting.remedy_for(job.replica_set, job.job_id),
     }
+
+
+async def _nodes(db: Database, show_all: bool) -> list[Document]:
+    return [documents.node_document(one) for one in await nodes.load(db) if show_all or one.is_active]
 
 
 async def _endpoints(db: Database, _show_all: bool) -> list[Document]:
@@ -227,7 +238,25 @@ def _age(name: str) -> Callable[[Document, datetime], object]:
 def _state(one: Document, _now: datetime) -> str:
     if one["is_paused"]:
         return "paused"
+    if one["back_off"] is not None:
+        return "serves, backs off" if one["routable_endpoints"] else "backing off"
     return "serves" if one["routable_endpoints"] else "serves nothing"
+
+
+def _tried_again(one: Document, _now: datetime) -> str | None:
+    """When, in UTC, and what came of the newest try."""
+    pause = one["back_off"]
+    if pause is None:
+        return None
+    at = datetime.fromisoformat(pause["next_try_at"])
+    return f"{at:%H:%M:%S} after {pause['failures']}: {pause['message'] or pause['reason']}"
+
+
+def _why_no_more(one: Document, _now: datetime) -> str | None:
+    """Its message, and the last line of its log."""
+    log = one["log"] or {}
+    last = (log.get("tail") or "").rpartition("\n")[2] or log.get("problem")
+    return "; log: ".join(part for part in (one["message"], last) if part) or None
 
 
 def _unless_fixed(name: str) -> Callable[[Document, datetime], object]:
@@ -239,6 +268,26 @@ def _bounds(one: Document, _now: datetime) -> str:
     return "fixed" if one["spec"]["endpoints"] else f"{one['min_replicas']}..{one['max_replicas']}"
 
 
+def _scaling(one: Document, _now: datetime) -> str | None:
+    """Who has a say in the count, beside alerts and the spec."""
+    if one["spec"]["endpoints"]:
+        return None
+    said = []
+    if pin := one["pin"]:
+        said.append(f"pinned at {pin['replicas']}{_end(pin)}")
+    said += [f"frozen{' with all' if freeze['is_of_all'] else ''}{_end(freeze)}" for freeze in one["freezes"]]
+    if one["spec"]["mode"] != "active":
+        said.append(one["spec"]["mode"])
+    if bounds := one["operator_bounds"]:
+        said.append(f"operator's bounds{_end(bounds)}")
+    said += [f"schedule {name}" for name in one["open_schedules"]]
+    return ", ".join(said) or "automatic"
+
+
+def _end(one: Document) -> str:
+    return f" until {datetime.fromisoformat(one['until']):%Y-%m-%d %H:%M} UTC" if one["until"] else ""
+
+
 def _target(one: Document, _now: datetime) -> str:
     labels: Mapping[str, str] = one["labels"]
     return " ".join(f"{name}={labels[name]}" for name in ("model", "replica_set", "replica", "node") if name in labels)
@@ -246,6 +295,12 @@ def _target(one: Document, _now: datetime) -> str:
 
 def _waits_for(name: str) -> Callable[[Document, datetime], object]:
     return lambda one, _: one["pending"] and one["pending"][name]
+
+
+def _node_state(one: Document, _now: datetime) -> str:
+    if not one["is_kept_out"]:
+        return "cleared"
+    return "drained" if one["is_drained"] else "kept out"
 
 
 def _explanation(one: Document, _now: datetime) -> Any:
@@ -264,6 +319,8 @@ VIEWS: Mapping[str, View] = {
             Column("routable", _field("routable_endpoints")),
             Column("bounds", _bounds),
             Column("state", _state),
+            Column("scaling", _scaling),
+            Column("next try", _tried_again, is_wide=True),
             Column("template", lambda one, _: one["spec"]["template"], is_wide=True),
             Column("priority", lambda one, _: one["spec"]["priority"], is_wide=True),
             Column("newest decision", _explanation, is_wide=True),
@@ -283,7 +340,7 @@ VIEWS: Mapping[str, View] = {
             Column("endpoint", _field("endpoint_health")),
             Column("age", _age("created_at")),
             Column("port", _field("port"), is_wide=True),
-            Column("message", _field("message"), is_wide=True),
+            Column("message", _why_no_more, is_wide=True),
             Column("it waits because", _waits_for("meaning"), is_wide=True),
             Column("what to do", _waits_for("remedy"), is_wide=True),
         ),
@@ -321,6 +378,22 @@ VIEWS: Mapping[str, View] = {
             Column("fingerprint", _field("fingerprint"), is_wide=True),
         ),
         "No alert fires; `--all` shows those that were resolved.",
+    ),
+    "nodes": View(
+        _nodes,
+        ("node", "cause"),
+        (
+            Column("node", _field("node")),
+            Column("state", _node_state),
+            Column("cause", _field("cause")),
+            Column("since", _age("since")),
+            Column("until", _field("until")),
+            Column("reason", _field("reason")),
+            Column("actor", _field("actor")),
+            Column("strikes", _field("strikes"), is_wide=True),
+            Column("cleared by", _field("cleared_by"), is_wide=True),
+        ),
+        "No node is kept out of new jobs.",
     ),
     "decisions": View(
         _decisions,

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import sys
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import typer
@@ -87,6 +89,27 @@ def actor() -> str:
         return f"cli:{getpass.getuser()}"
     except (KeyError, OSError):  # a container's user may have no name
         return f"cli:{os.getuid()}"
+
+
+def time_of(text: str, now: datetime) -> datetime:
+    """A time with its zone, or how long from now; typer's BadParameter says what it must be."""
+    units = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+    if match := re.fullmatch(r"(\d{1,6})([smhd])", text):
+        return now + timedelta(**{units[match[2]]: int(match[1])})
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        time = None
+    if time is None or time.tzinfo is None:
+        raise typer.BadParameter(
+            f"{text!r} is neither a time with its zone, as 2027-01-31T18:00+01:00, nor how long, as 90m, 2h or 3d",
+            param_hint="--until",
+        )
+    return time.astimezone(UTC)
+
+
+def dry(dry_run: bool) -> str:
+    return " (dry run: nothing was changed)" if dry_run else ""
 
 
 def one_line(error: Exception) -> str:

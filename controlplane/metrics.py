@@ -26,6 +26,12 @@ class ControlPlaneMetrics:
         self.decisions = Counter(
             "controlplane_decisions", "Scaling decisions", ["replica_set", "reason"], registry=registry
         )
+        self.start_failures = Counter(
+            "controlplane_start_failures",
+            "Replicas that ended without ever having been ready, by why",
+            ["replica_set", "reason"],
+            registry=registry,
+        )
         self.alert_to_submit_seconds = Histogram(
             "controlplane_alert_to_submit_seconds",
             "From an alert's start to Slurm's answer to the submit that it caused",

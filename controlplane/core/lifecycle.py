@@ -117,6 +117,8 @@ def _observed(replica: Replica, job: SlurmJob | None, now: datetime) -> Move | N
         return Move(replica, Phase.RUNNING, running_since=job.started_at or now)
     if replica.phase is Phase.RUNNING and job.state is JobState.PENDING:
         return Move(replica, Phase.QUEUED, message="Slurm requeued the job")
+    if replica.phase is Phase.RUNNING and _was_started_again(replica, job):
+        return Move(replica, Phase.QUEUED, message="Slurm started the job a second time")
     return None
 
 
@@ -125,7 +127,23 @@ def _leaving(replica: Replica, job: SlurmJob | None) -> Move | None:
         return Move(replica, Phase.ENDED, message=_last_words(job) if job is not None else None)
     if replica.phase is Phase.DRAINING and job.state is JobState.PENDING:
         return Move(replica, Phase.STOPPING, message="requeued while draining: not started again")
+    if replica.phase is Phase.DRAINING and _was_started_again(replica, job):
+        return Move(replica, Phase.STOPPING, message="started a second time while draining")
     return None
+
+
+def _was_started_again(replica: Replica, job: SlurmJob) -> bool:
+    """Was it requeued and started between two looks? What then serves may be on another node, or be the old process.
+
+    The time of the start tells, and not Slurm's count: a slurmctld that lost its last seconds starts a job again
+    without counting.
+    """
+    return (
+        job.state is JobState.RUNNING
+        and replica.running_since is not None
+        and job.started_at is not None
+        and job.started_at > replica.running_since
+    )
 
 
 def _last_words(job: SlurmJob) -> str:

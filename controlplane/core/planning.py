@@ -1,7 +1,8 @@
 """What shall be done for one replica set, given what it desires and what there is: actions, decided purely.
 
 A plan may be cut short after any action, or carried out twice: planning again from what came of it converges, and
-never makes more than `max_replicas` of the spec in force exist, nor more than `max_replicas + surge` jobs live.
+never makes more than `max_replicas` that are to stay exist, nor more than `max_replicas + surge` jobs live. To stay
+are those of the spec in force, except on a node that is being drained: their successors start beside them.
 
 Whom to let go: PENDING, SUBMITTING (which has to be waited for), QUEUED, RUNNING but not ready, then the fewest
 requests in flight, then the least walltime left, then the newest. What runs always drains first: it may
@@ -11,9 +12,10 @@ have become ready, and been given requests, since it was looked at. The drain of
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
+from controlplane.core.back_off import BackOff, BackOffRules, backing_off
 from controlplane.core.types import (
     LIVE_PHASES,
     Action,
@@ -31,17 +33,14 @@ from controlplane.core.types import (
     seconds,
 )
 
-_FAILED_TO_START = frozenset({Reason.CRASHED, Reason.START_TIMEOUT, Reason.REJECTED})
 _LEAVING_ORDER = (Phase.PENDING, Phase.SUBMITTING, Phase.QUEUED, Phase.RUNNING)
 _NO_KNOWN_END = datetime.max.replace(tzinfo=UTC)
 _QUIET = timedelta(seconds=1)  # between two looks that say idle: what has just come does not show at once
 
 
 @dataclass(frozen=True, slots=True)
-class PlanRules:
+class PlanRules(BackOffRules):
     drain_settle: timedelta = timedelta(seconds=14)  # proxies notice a drain within this, even one that is not told
-    first_back_off: timedelta = timedelta(seconds=10)  # after one failed start; doubles with each further one
-    longest_back_off: timedelta = timedelta(minutes=10)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +53,8 @@ class Scene:
     past: tuple[PastReplica, ...]  # newest first
     ends_at: Mapping[str, datetime]
     to_replace: frozenset[str]  # names that an alert asks to replace
+    to_vacate: Mapping[str, datetime] = field(default_factory=dict)  # names on nodes being drained, since when
+    forgiven_at: datetime | None = None  # an operator said to try again: what ended before does not count
 
     @property
     def target(self) -> int:
@@ -84,18 +85,19 @@ def plan(scene: Scene, *, now: datetime, rules: PlanRules) -> list[Action]:
         elif _could_return(scene, replica):
             returnable.append(replica)
 
-    current = [replica for replica in staying if replica.spec_hash == scene.replica_set.spec_hash]
-    outdated = [replica for replica in staying if replica.spec_hash != scene.replica_set.spec_hash]
+    current = [replica for replica in staying if _is_to_stay(scene, replica)]
+    outdated = [replica for replica in staying if replica not in current]
     leaving = _too_many(scene, current) + _superseded(scene, current, outdated)
     for replica in leaving:
-        reason = Reason.ROLLED if replica in outdated and scene.target > 0 else Reason.SCALED_DOWN
+        reason = _reason_to_leave(scene, replica) if replica in outdated and scene.target > 0 else Reason.SCALED_DOWN
         if (step := let_go(replica, reason, now=now)) is not None:
             actions.append(step)
     actions.extend(Submit(replica) for replica in staying if replica.phase is Phase.PENDING and replica not in leaving)
     missing = _missing(scene, current, outdated)
     back = returnable[: max(0, missing)]
     actions.extend(Move(replica, Phase.RUNNING, message="wanted again before it was drained") for replica in back)
-    actions.extend(_additions(scene, current, missing - len(back), now, rules))
+    beside = tuple(replica.name for replica in outdated if replica.name in scene.to_vacate)
+    actions.extend(_additions(scene, current, missing - len(back), now, rules, beside))
     return actions
 
 
@@ -126,6 +128,8 @@ def _own_step(scene: Scene, replica: Replica, now: datetime) -> Move | None:
         return _drained(replica, endpoint, now)
     if replica.name in scene.to_replace and (not scene.is_serving(replica) or _is_turn_to_be_replaced(scene, replica)):
         return let_go(replica, Reason.REPLACED, now=now)
+    if _must_vacate_now(scene, replica, now):
+        return let_go(replica, Reason.NODE_DRAINED, now=now)
     if replica.phase is not Phase.RUNNING:
         return None
     if endpoint is None or endpoint.failing_since is None or endpoint.probed_at is None or not endpoint.fails:
@@ -138,6 +142,13 @@ def _own_step(scene: Scene, replica: Replica, now: datetime) -> Move | None:
     if endpoint.health is Health.FAILING and fails_for > seconds(replica.spec.unhealthy_timeout_seconds):
         return _drain(replica, Reason.UNHEALTHY, endpoint.message, now=now)
     return None
+
+
+def _must_vacate_now(scene: Scene, replica: Replica, now: datetime) -> bool:
+    """On a node being drained: what serves nobody, at once; what serves, when a successor had time to start in vain."""
+    if (since := scene.to_vacate.get(replica.name)) is None or replica.phase is not Phase.RUNNING:
+        return False
+    return not _may_serve(scene, replica) or now - since > seconds(replica.spec.start_timeout_seconds)
 
 
 def _is_turn_to_be_replaced(scene: Scene, replica: Replica) -> bool:
@@ -209,8 +220,18 @@ def _too_many(scene: Scene, current: list[Replica]) -> list[Replica]:
     return _in_leaving_order(scene, current)[:excess] if excess > 0 else []
 
 
+def _is_to_stay(scene: Scene, replica: Replica) -> bool:
+    return replica.spec_hash == scene.replica_set.spec_hash and replica.name not in scene.to_vacate
+
+
+def _reason_to_leave(scene: Scene, replica: Replica) -> Reason:
+    return Reason.ROLLED if replica.spec_hash != scene.replica_set.spec_hash else Reason.NODE_DRAINED
+
+
 def _superseded(scene: Scene, current: list[Replica], outdated: list[Replica]) -> list[Replica]:
-    """Of an older spec: what serves nothing leaves at once, the rest as its successors become ready.
+    """Of an older spec, or on a node being drained: what serves nothing leaves at once, the rest one by one.
+
+    One leaves for each successor that is ready.
 
     Where no surge lets a successor start beside them, they make room one by one: only while every live replica serves.
     """
@@ -234,28 +255,29 @@ def _at_once(scene: Scene, current: list[Replica]) -> int:
 
 
 def _could_return(scene: Scene, replica: Replica) -> bool:
-    """It drains only because it was one too many, and still is as good as any."""
+    """It drains only because it was one too many, or its node was, and still is as good as any."""
     endpoint = scene.endpoint(replica)
     return (
         replica.phase is Phase.DRAINING
-        and replica.reason is Reason.SCALED_DOWN
-        and replica.spec_hash == scene.replica_set.spec_hash
+        and replica.reason in (Reason.SCALED_DOWN, Reason.NODE_DRAINED)
+        and _is_to_stay(scene, replica)
         and endpoint is not None
         and endpoint.health is Health.READY
     )
 
 
-def _additions(scene: Scene, current: list[Replica], missing: int, now: datetime, rules: PlanRules) -> list[Action]:
+def _additions(
+    scene: Scene, current: list[Replica], missing: int, now: datetime, rules: PlanRules, beside: tuple[str, ...]
+) -> list[Action]:
     missing = min(missing, _room(scene))
     if missing <= 0:
         return []
-    failures, resumes_at = back_off(scene, rules)
-    if resumes_at is not None and now < resumes_at:
-        message = f"{failures} failed starts in a row; next try at {resumes_at:%H:%M:%S}: {scene.past[0].message}"
-        return [Report(scene.replica_set.name, message)]
-    if failures:
+    pause = back_off(scene, rules)
+    if pause is not None and now < pause.next_try_at:
+        return [Report(scene.replica_set.name, pause.sentence)]
+    if pause is not None:
         missing = min(missing, _at_once(scene, current))  # one is enough to see whether it starts now
-    return [Create(scene.replica_set.name)] * missing
+    return [Create(scene.replica_set.name, beside=beside)] * missing
 
 
 def _live(scene: Scene) -> int:
@@ -266,25 +288,15 @@ def _room(scene: Scene) -> int:
     return scene.replica_set.max_replicas + scene.replica_set.spec.surge - _live(scene)
 
 
-def back_off(scene: Scene, rules: PlanRules) -> tuple[int, datetime | None]:
-    """How many starts of this spec failed in a row, and until when no further one is tried.
+def back_off(scene: Scene, rules: PlanRules) -> BackOff | None:
+    """Whether this set's starts failed of late, or its jobs were lost, and until when no further one is tried.
 
     What has started since, and still is there, shows that it can be done.
     """
     of_spec = [one for one in scene.replicas if one.spec_hash == scene.replica_set.spec_hash]
     firsts = [endpoint.first_ready_at for one in of_spec if (endpoint := scene.endpoint(one)) is not None]
-    started_at = max((first for first in firsts if first is not None), default=None)
-    failures = 0
-    for past in scene.past:
-        if past.spec_hash != scene.replica_set.spec_hash or (started_at is not None and past.ended_at <= started_at):
-            break
-        if past.was_ready or past.reason not in _FAILED_TO_START:
-            break
-        failures += 1
-    if not failures:
-        return 0, None
-    pause = min(rules.first_back_off * 2 ** min(failures - 1, 20), rules.longest_back_off)
-    return failures, scene.past[0].ended_at + pause
+    since = max((at for at in (*firsts, scene.forgiven_at) if at is not None), default=None)
+    return backing_off(scene.past, spec_hash=scene.replica_set.spec_hash, since=since, rules=rules)
 
 
 def _in_leaving_order(scene: Scene, replicas: Iterable[Replica]) -> list[Replica]:

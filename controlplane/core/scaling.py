@@ -1,19 +1,26 @@
 """How many replicas a set shall have: from alerts as levels, within bounds, one careful step at a time.
 
-An alert presses while it is firing and fresh. Up wins over down. Up: one step per cooldown, and not while a replica is
-still starting. Down: one step per cooldown, after a window without up-pressure. "Resolved" ends a pressure and is
-never a reason to shrink; neither is anything that is not known.
+An alert presses while it is firing and fresh. Up wins over down. Up: one step per cooldown, after a window in which no
+less was asked for, and not while a replica is still starting. Down: one step per cooldown, after a window without
+up-pressure. Policies cut the step. "Resolved" ends a pressure and is never a reason to shrink; neither is anything that
+is not known.
+
+Who has a say, the first first: a pause; an operator's pin; a freeze; the bounds, which schedules move; the alerts. A
+set in advisory mode decides all the same, and stays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
+from controlplane.core.bounds import bounded
+from controlplane.core.policies import growth_limit, shrink_limit
 from controlplane.core.types import (
     Alert,
     AlertAction,
+    Change,
     Decision,
     DecisionReason,
     Endpoint,
@@ -21,6 +28,8 @@ from controlplane.core.types import (
     Phase,
     Replica,
     ReplicaSet,
+    ScheduledBounds,
+    SelectPolicy,
     seconds,
 )
 
@@ -41,12 +50,20 @@ def presses(alert: Alert, *, now: datetime, stale_after: timedelta) -> bool:
 
 
 def pressures(
-    replica_sets: Iterable[ReplicaSet], alerts: Iterable[Alert], *, now: datetime, stale_after: timedelta
+    replica_sets: Iterable[ReplicaSet],
+    alerts: Iterable[Alert],
+    *,
+    now: datetime,
+    stale_after: timedelta,
+    backing_off: Collection[str] = (),
 ) -> dict[str, Pressure]:
-    """Whom each alert presses. One that names a model presses one set: the cheapest with room up, the dearest down."""
+    """Whom each alert presses. One that names a model presses one set: the cheapest that can grow, the dearest down.
+
+    `backing_off`: names of the sets that cannot grow, because their starts fail.
+    """
     scalable = [one for one in replica_sets if not one.spec.is_external]
     alerts = tuple(alerts)
-    return {one.name: _pressure_on(one, scalable, alerts, now, stale_after) for one in scalable}
+    return {one.name: _pressure_on(one, scalable, alerts, now, stale_after, backing_off) for one in scalable}
 
 
 def _pressure_on(
@@ -55,8 +72,9 @@ def _pressure_on(
     alerts: tuple[Alert, ...],
     now: datetime,
     stale_after: timedelta,
+    backing_off: Collection[str],
 ) -> Pressure:
-    meant = [alert for alert in alerts if _is_meant(replica_set, alert, all_sets)]
+    meant = [alert for alert in alerts if _is_meant(replica_set, alert, all_sets, backing_off)]
     pressing = [alert for alert in meant if presses(alert, now=now, stale_after=stale_after)]
 
     def acting(action: AlertAction) -> tuple[Alert, ...]:
@@ -83,20 +101,39 @@ def _names(replica_set: ReplicaSet, alert: Alert) -> bool:
     return alert.labels.get("model") == replica_set.spec.model
 
 
-def _is_meant(replica_set: ReplicaSet, alert: Alert, all_sets: list[ReplicaSet]) -> bool:
+def _is_meant(replica_set: ReplicaSet, alert: Alert, all_sets: list[ReplicaSet], backing_off: Collection[str]) -> bool:
     if not _names(replica_set, alert):
         return False
     if alert.action is AlertAction.REPLACE or alert.labels.get("replica_set"):
         return True
     siblings = sorted(
-        (one for one in all_sets if one.spec.model == replica_set.spec.model and not one.is_paused),
+        (one for one in all_sets if one.spec.model == replica_set.spec.model and _competes(one, replica_set)),
         key=lambda one: (one.spec.priority, one.name),
     )
     if alert.action is AlertAction.SCALE_UP:
-        able = [one for one in siblings if one.desired_replicas < one.max_replicas]
+        able = [one for one in siblings if _can_grow(one) and one.name not in backing_off]
         return replica_set in (able[:1] or siblings[-1:])
-    able = [one for one in siblings if one.desired_replicas > one.min_replicas]
+    able = [one for one in siblings if _can_shrink(one)]
     return replica_set in (able[-1:] or siblings[:1])
+
+
+def _competes(one: ReplicaSet, replica_set: ReplicaSet) -> bool:
+    """One that only advises is told what would press it, and takes no pressure from those that act."""
+    return not one.is_paused and (one is replica_set or not one.is_advisory)
+
+
+def _is_held(one: ReplicaSet) -> bool:
+    return one.pin is not None or bool(one.freezes)
+
+
+def _can_grow(one: ReplicaSet) -> bool:
+    is_allowed = one.spec.scale_up.select_policy is not SelectPolicy.DISABLED
+    return is_allowed and not _is_held(one) and one.desired_replicas < one.max_replicas
+
+
+def _can_shrink(one: ReplicaSet) -> bool:
+    is_allowed = one.spec.scale_down.select_policy is not SelectPolicy.DISABLED
+    return is_allowed and not _is_held(one) and one.desired_replicas > one.min_replicas
 
 
 def _felt_until(alert: Alert, now: datetime, stale_after: timedelta) -> datetime:
@@ -112,24 +149,90 @@ def decide(
     endpoints: Mapping[str, Endpoint],
     *,
     now: datetime,
+    scheduled: ScheduledBounds | None = None,
+    changes: Sequence[Change] = (),
 ) -> Decision:
-    """The decision for one set, this round. `endpoints` by replica name; may be asked again at any time."""
-    desired = replica_set.desired_replicas
+    """The decision for one set, this round; may be asked again at any time.
+
+    `endpoints` by replica name. `scheduled`: what open schedules ask for now; None: not known, so nothing changes.
+    `changes`: the set's own of at least the longest period of its policies.
+    """
     if replica_set.is_paused:
         return _stay(
             replica_set,
             DecisionReason.PAUSED,
             f"paused: {replica_set.paused_reason}" if replica_set.paused_reason else "paused",
         )
+    due = replica_set
+    if scheduled is not None and scheduled != replica_set.scheduled:
+        due = bounded(replace(replica_set, scheduled=scheduled))
+    is_held_back = bool(replica_set.freezes) or replica_set.is_advisory
+    if due is not replica_set and not is_held_back:
+        return replace(_scheduled(replica_set, due), scheduled=due.scheduled)
+    if replica_set.pin is not None:
+        return _pinned(replica_set)
+    if due.desired_replicas != replica_set.desired_replicas:
+        wish = _scheduled(replica_set, due)
+    else:
+        starting = [one for one in replicas if is_starting(one, endpoints.get(one.name), now)]
+        wish = _wish(due, pressure, starting, changes, now)
+    if replica_set.freezes:
+        return _frozen(replica_set, wish)
+    if replica_set.is_advisory and wish.changes_desired:
+        advice = f"advisory: would go {wish.previous} -> {wish.desired}: {wish.explanation}"
+        return replace(wish, desired=wish.previous, explanation=advice)
+    return wish
+
+
+def longest_period(replica_set: ReplicaSet) -> timedelta:
+    """How far back `decide` needs to know the set's changes."""
+    policies = (*replica_set.spec.scale_up.policies, *replica_set.spec.scale_down.policies)
+    return seconds(max((policy.period_seconds for policy in policies), default=0))
+
+
+def _scheduled(before: ReplicaSet, due: ReplicaSet) -> Decision:
+    opened = set(due.scheduled.schedules) - set(before.scheduled.schedules)
+    ended = set(before.scheduled.schedules) - set(due.scheduled.schedules)
+    said = [
+        f"schedule {', '.join(sorted(names))} {what}" for names, what in ((opened, "opens"), (ended, "ends")) if names
+    ]
+    what = "; ".join(said) or f"schedule {', '.join(due.scheduled.schedules)} has changed"
+    bounds = f"{what}: bounds {due.min_replicas} to {due.max_replicas}"
+    return replace(_stay(before, DecisionReason.SCHEDULED, bounds), desired=due.desired_replicas)
+
+
+def _pinned(replica_set: ReplicaSet) -> Decision:
+    pin = replica_set.pin
+    assert pin is not None  # the caller looked
+    why = f" ({pin.reason})" if pin.reason else ""
+    words = f"pinned at {pin.replicas} by {pin.actor} until {_when(pin.until)}{why}"
+    return _move(replica_set, pin.replicas, DecisionReason.PINNED, words)
+
+
+def _frozen(replica_set: ReplicaSet, wish: Decision) -> Decision:
+    freeze = replica_set.freezes[0]
+    until = f" until {_when(freeze.until)}" if freeze.until is not None else ""
+    why = f" ({freeze.reason})" if freeze.reason else ""
+    words = f"{'all sets are ' if freeze.is_of_all else ''}frozen by {freeze.actor}{until}{why}"
+    if not wish.changes_desired:
+        return _stay(replica_set, DecisionReason.FROZEN, words)
+    words += f"; would go {wish.previous} -> {wish.desired}: {wish.explanation}"
+    return replace(wish, desired=wish.previous, reason=DecisionReason.FROZEN, explanation=words)
+
+
+def _wish(
+    replica_set: ReplicaSet, pressure: Pressure, starting: list[Replica], changes: Sequence[Change], now: datetime
+) -> Decision:
+    """What bounds and alerts ask for."""
+    desired = replica_set.desired_replicas
     if desired < replica_set.min_replicas:
         return _move(replica_set, replica_set.min_replicas, DecisionReason.BELOW_MIN, "fewer than min_replicas")
     if desired > replica_set.max_replicas:
         return _move(replica_set, replica_set.max_replicas, DecisionReason.ABOVE_MAX, "more than max_replicas")
     if pressure.up:
-        starting = [one for one in replicas if is_starting(one, endpoints.get(one.name), now)]
-        return _decide_up(replica_set, pressure.up, starting, now)
+        return _decide_up(replica_set, pressure.up, starting, changes, now)
     if pressure.down:
-        return _decide_down(replica_set, pressure, now)
+        return _decide_down(replica_set, pressure, changes, now)
     return _stay(replica_set, DecisionReason.STEADY, "no alert presses")
 
 
@@ -143,30 +246,51 @@ def is_starting(replica: Replica, endpoint: Endpoint | None, now: datetime) -> b
     return now - since <= seconds(replica.spec.start_timeout_seconds)
 
 
-def _decide_up(replica_set: ReplicaSet, up: tuple[Alert, ...], starting: list[Replica], now: datetime) -> Decision:
-    policy = replica_set.spec.scale_up
-    what = _words(up)
-    if replica_set.desired_replicas >= replica_set.max_replicas:
+def _decide_up(
+    replica_set: ReplicaSet,
+    up: tuple[Alert, ...],
+    starting: list[Replica],
+    changes: Sequence[Change],
+    now: datetime,
+) -> Decision:
+    rules = replica_set.spec.scale_up
+    desired, what = replica_set.desired_replicas, _words(up)
+    if rules.select_policy is SelectPolicy.DISABLED:
+        return _stay(replica_set, DecisionReason.DISABLED, f"{what}, but scale_up is Disabled", up)
+    if desired >= replica_set.max_replicas:
         return _stay(replica_set, DecisionReason.AT_MAX, f"{what}, but max_replicas is {replica_set.max_replicas}", up)
     if starting:
         return _stay(replica_set, DecisionReason.STARTING, f"{what}; {starting[0].name} is still starting", up)
-    if (left := _cooldown_left(replica_set.scaled_up_at, policy.cooldown_seconds, now)) is not None:
+    if (left := _cooldown_left(replica_set.scaled_up_at, rules.cooldown_seconds, now)) is not None:
         return _stay(replica_set, DecisionReason.COOLDOWN, f"{what}; cooling down until {left:%H:%M:%S}", up)
-    step = max((alert.step or policy.step) for alert in up)
-    desired = min(replica_set.desired_replicas + step, replica_set.max_replicas)
-    return _move(replica_set, desired, DecisionReason.SCALED_UP, what, up)
+    # less was asked for while fewer were desired: a step begins the window anew
+    window = seconds(rules.stabilization_window_seconds)
+    asked_for = {alert.key: max(alert.starts_at, replica_set.scaled_up_at or alert.starts_at) for alert in up}
+    lasting = tuple(alert for alert in up if window <= timedelta(0) or now - asked_for[alert.key] >= window)
+    if not lasting:
+        ends = min(asked_for.values()) + window
+        return _stay(replica_set, DecisionReason.STABILIZING, f"{what}; not long enough, until {ends:%H:%M:%S}", up)
+    wanted = min(desired + max((alert.step or rules.step) for alert in lasting), replica_set.max_replicas)
+    limit = growth_limit(rules, desired, changes, now=now)
+    if limit is None or limit.count >= wanted:
+        return _move(replica_set, wanted, DecisionReason.SCALED_UP, what, up)
+    if limit.count > desired:
+        return _move(replica_set, limit.count, DecisionReason.SCALED_UP, f"{what}; {limit.in_words()}", up)
+    return _stay(replica_set, DecisionReason.LIMITED, f"{what}; {limit.in_words()}", up)
 
 
-def _decide_down(replica_set: ReplicaSet, pressure: Pressure, now: datetime) -> Decision:
-    policy = replica_set.spec.scale_down
-    down, what = pressure.down, _words(pressure.down)
-    if replica_set.desired_replicas <= replica_set.min_replicas:
+def _decide_down(replica_set: ReplicaSet, pressure: Pressure, changes: Sequence[Change], now: datetime) -> Decision:
+    rules = replica_set.spec.scale_down
+    desired, down, what = replica_set.desired_replicas, pressure.down, _words(pressure.down)
+    if rules.select_policy is SelectPolicy.DISABLED:
+        return _stay(replica_set, DecisionReason.DISABLED, f"{what}, but scale_down is Disabled", down)
+    if desired <= replica_set.min_replicas:
         return _stay(
             replica_set, DecisionReason.AT_MIN, f"{what}, but min_replicas is {replica_set.min_replicas}", down
         )
     # an alert wanted more then, or an operator did, who may expect load that is not there yet
     wanted_more_at = max((at for at in (pressure.last_up_at, replica_set.scaled_up_at) if at is not None), default=None)
-    window_ends = wanted_more_at and wanted_more_at + seconds(policy.stabilization_window_seconds)
+    window_ends = wanted_more_at and wanted_more_at + seconds(rules.stabilization_window_seconds)
     if window_ends is not None and now <= window_ends:  # up wins, even where the window has no length
         return _stay(
             replica_set,
@@ -174,11 +298,15 @@ def _decide_down(replica_set: ReplicaSet, pressure: Pressure, now: datetime) -> 
             f"{what}; more were wanted too recently, until {window_ends:%H:%M:%S}",
             down,
         )
-    if (left := _cooldown_left(replica_set.scaled_down_at, policy.cooldown_seconds, now)) is not None:
+    if (left := _cooldown_left(replica_set.scaled_down_at, rules.cooldown_seconds, now)) is not None:
         return _stay(replica_set, DecisionReason.COOLDOWN, f"{what}; cooling down until {left:%H:%M:%S}", down)
-    step = max((alert.step or policy.step) for alert in down)
-    desired = max(replica_set.desired_replicas - step, replica_set.min_replicas)
-    return _move(replica_set, desired, DecisionReason.SCALED_DOWN, what, down)
+    wanted = max(desired - max((alert.step or rules.step) for alert in down), replica_set.min_replicas)
+    limit = shrink_limit(rules, desired, changes, now=now)
+    if limit is None or limit.count <= wanted:
+        return _move(replica_set, wanted, DecisionReason.SCALED_DOWN, what, down)
+    if limit.count < desired:
+        return _move(replica_set, limit.count, DecisionReason.SCALED_DOWN, f"{what}; {limit.in_words()}", down)
+    return _stay(replica_set, DecisionReason.LIMITED, f"{what}; {limit.in_words()}", down)
 
 
 def _cooldown_left(last: datetime | None, cooldown_seconds: int, now: datetime) -> datetime | None:
@@ -186,6 +314,10 @@ def _cooldown_left(last: datetime | None, cooldown_seconds: int, now: datetime) 
         return None
     ends = last + seconds(cooldown_seconds)
     return ends if now < ends else None
+
+
+def _when(time: datetime) -> str:
+    return f"{time:%Y-%m-%d %H:%M} UTC"
 
 
 def _words(alerts: tuple[Alert, ...]) -> str:

@@ -40,6 +40,7 @@ class Reason(StrEnum):
     REPLACED = "REPLACED"  # an alert or an operator asked for another one in its place
     DRAINED_BY_OPERATOR = "DRAINED_BY_OPERATOR"
     CANCELLED_BY_OPERATOR = "CANCELLED_BY_OPERATOR"
+    NODE_DRAINED = "NODE_DRAINED"  # jobs are kept off its node, on an operator's or an alert's word
     HANDED_OVER = "HANDED_OVER"
     START_TIMEOUT = "START_TIMEOUT"
     UNHEALTHY = "UNHEALTHY"
@@ -89,10 +90,37 @@ class ExternalEndpoint:
     api_key: str | None = field(default=None, repr=False)
 
 
+class PolicyType(StrEnum):
+    """Kubernetes' words, but for Pods."""
+
+    REPLICAS = "Replicas"
+    PERCENT = "Percent"  # of the count at the period's beginning
+
+
+class SelectPolicy(StrEnum):
+    """Which of several policies holds. Kubernetes' words."""
+
+    MAX = "Max"  # the one that allows the largest change
+    MIN = "Min"
+    DISABLED = "Disabled"  # no alert changes anything in this direction
+
+
+@dataclass(frozen=True, slots=True)
+class ScalingPolicy:
+    """How much may change within a period that ends now."""
+
+    type: PolicyType
+    value: int
+    period_seconds: int
+
+
 @dataclass(frozen=True, slots=True)
 class ScaleUp:
     step: int = 1
     cooldown_seconds: int = 60
+    stabilization_window_seconds: int = 0
+    policies: tuple[ScalingPolicy, ...] = ()
+    select_policy: SelectPolicy = SelectPolicy.MAX
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +128,25 @@ class ScaleDown:
     step: int = 1
     cooldown_seconds: int = 120
     stabilization_window_seconds: int = 300
+    policies: tuple[ScalingPolicy, ...] = ()
+    select_policy: SelectPolicy = SelectPolicy.MAX
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Other bounds for a time: its window opens when the cron expression says so, in the zone's local time."""
+
+    name: str
+    cron: str  # five fields
+    duration_seconds: int  # elapsed, whatever clocks are put back or forward meanwhile
+    time_zone: str = "UTC"  # IANA's name
+    min_replicas: int | None = None  # None: as without it
+    max_replicas: int | None = None
+
+
+class Mode(StrEnum):
+    ACTIVE = "active"
+    ADVISORY = "advisory"  # decides and records, and leaves desired to operators
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +169,51 @@ class ReplicaSetSpec:
     start_timeout_seconds: int = 1800  # from the first failed probe to the first passed one
     drain_timeout_seconds: int = 600
     unhealthy_timeout_seconds: int = 120
+    mode: Mode = Mode.ACTIVE
+    schedules: tuple[Schedule, ...] = ()
 
     @property
     def is_external(self) -> bool:
         return self.slurm is None
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorBounds:
+    """Bounds that an operator gave, above the spec's and its schedules'. None: not this one."""
+
+    min_replicas: int | None
+    max_replicas: int | None
+    until: datetime | None = None  # None: until the spec is applied anew
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledBounds:
+    """What the schedules whose windows are open ask for, taken together."""
+
+    schedules: tuple[str, ...] = ()  # their names, sorted
+    min_replicas: int | None = None
+    max_replicas: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """An operator's count that holds until its end, whatever alerts and schedules say."""
+
+    replicas: int
+    until: datetime
+    actor: str
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Freeze:
+    """No automatic scaling, in neither direction."""
+
+    is_of_all: bool  # of every set, those included that are made later
+    actor: str
+    since: datetime
+    reason: str | None = None
+    until: datetime | None = None  # None: until it is lifted
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,17 +223,25 @@ class ReplicaSet:
     spec: ReplicaSetSpec
     desired_replicas: int
     spec_hash: str  # of the parts that a running job cannot change; a new hash rolls the replicas
-    min_replicas: int  # bounds in force: the spec's, or an operator's
+    min_replicas: int  # bounds in force: `core.bounds` makes them
     max_replicas: int
     is_paused: bool = False
     paused_reason: str | None = None
     paused_until: datetime | None = None
     scaled_up_at: datetime | None = None
     scaled_down_at: datetime | None = None
+    operator_bounds: OperatorBounds | None = None
+    scheduled: ScheduledBounds = field(default_factory=ScheduledBounds)  # in force; a freeze keeps them from changing
+    pin: Pin | None = None
+    freezes: tuple[Freeze, ...] = ()  # its own, and that of all sets
 
     @property
     def name(self) -> str:
         return self.spec.name
+
+    @property
+    def is_advisory(self) -> bool:
+        return self.spec.mode is Mode.ADVISORY
 
 
 # --- what is intended and what was seen -----------------------------------------------------------------
@@ -234,6 +330,7 @@ class SlurmJob:
     signal: int | None = None
     restart_count: int = 0
     raw_state: str = ""  # the words Slurm used, for people
+    excluded_nodes: str = ""  # a node list expression: where it was asked not to run
 
     @property
     def is_over(self) -> bool:
@@ -347,8 +444,14 @@ class DecisionReason(StrEnum):
     AT_MIN = "AT_MIN"
     STARTING = "STARTING"  # wanted more; one is still starting
     COOLDOWN = "COOLDOWN"
-    STABILIZING = "STABILIZING"  # wanted fewer; up-pressure was felt too recently
+    STABILIZING = "STABILIZING"  # wanted more for too short a time; or fewer, and up-pressure was felt too recently
+    LIMITED = "LIMITED"  # wanted more or fewer; the policies allow no further change yet
+    DISABLED = "DISABLED"  # wanted more or fewer; the spec allows no change in this direction
+    SCHEDULED = "SCHEDULED"  # a schedule's window opened or ended
+    PINNED = "PINNED"
+    FROZEN = "FROZEN"
     OPERATOR = "OPERATOR"
+    BACKING_OFF = "BACKING_OFF"  # no alert presses, and what failed is not tried again before its time
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,10 +464,20 @@ class Decision:
     reason: DecisionReason
     explanation: str
     alerts: tuple[str, ...] = ()  # keys of the alerts that pressed
+    scheduled: ScheduledBounds | None = None  # put in force with it; None: they stay
 
     @property
     def changes_desired(self) -> bool:
         return self.desired != self.previous
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A past decision that changed desired."""
+
+    at: datetime
+    previous: int
+    desired: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,11 +491,13 @@ class PastReplica:
     message: str | None
     ended_at: datetime
     was_ready: bool
+    created_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Create:
     replica_set: str
+    beside: tuple[str, ...] = ()  # names of those that it shall succeed: they do not count against the desired ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,6 +508,14 @@ class Submit:
 @dataclass(frozen=True, slots=True)
 class Release:
     replica: Replica
+
+
+@dataclass(frozen=True, slots=True)
+class Exclude:
+    """Tell Slurm which nodes a job that waits shall not be given. None at all: any node will do."""
+
+    replica: Replica
+    nodes: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -425,7 +548,7 @@ class Report:
     message: str
 
 
-Action = Create | Submit | Release | CancelJob | Move | Report
+Action = Create | Submit | Release | Exclude | CancelJob | Move | Report
 
 
 def seconds(value: int) -> timedelta:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from datetime import datetime, timedelta
 
 from psycopg.rows import DictRow
 
 from controlplane.core.stories import RecordedDecision
-from controlplane.core.types import Decision, DecisionReason
+from controlplane.core.types import Change, Decision, DecisionReason
 from controlplane.db.causes import EVIDENCE, alert_then
 from controlplane.db.pool import Connection, Database
 
@@ -51,6 +52,20 @@ async def load_newest(db: Database, *, replica_set: str | None = None, limit: in
             {"set": replica_set, "limit": limit},
         )
         return [recorded(row) for row in await cursor.fetchall()]
+
+
+async def load_changes(db: Database, since: datetime) -> dict[str, list[Change]]:
+    """What changed desired after that time, oldest first, by replica set."""
+    async with db.connection() as connection:
+        cursor = await connection.execute(
+            "SELECT replica_set, at, previous, desired FROM decisions "
+            "WHERE at > %s AND previous <> desired ORDER BY id",
+            (since,),
+        )
+        changes: dict[str, list[Change]] = defaultdict(list)
+        for row in await cursor.fetchall():
+            changes[row["replica_set"]].append(Change(row["at"], row["previous"], row["desired"]))
+        return changes
 
 
 async def forget(db: Database, *, older_than: timedelta, now: datetime) -> int:

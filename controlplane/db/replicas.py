@@ -6,6 +6,7 @@ so that a step is recorded exactly when it happened, and happens at most once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -16,8 +17,8 @@ from controlplane.core.stories import Step
 from controlplane.core.types import EXISTING_PHASES, LIVE_PHASES, Move, PastReplica, Phase, Reason, Replica, ReplicaSet
 from controlplane.core.verbs import Verb, interpret
 from controlplane.db.causes import CAUSE
-from controlplane.db.errors import NotFound, Stale
-from controlplane.db.pool import Database
+from controlplane.db.errors import Duplicate, NotFound, Stale
+from controlplane.db.pool import Connection, Database
 from controlplane.db.replica_sets import SPECS
 
 _COLUMNS = (
@@ -27,6 +28,9 @@ _COLUMNS = (
 
 
 _VERB_ATTEMPTS = 5
+
+PORT_REST = timedelta(hours=6)
+"""How long the port of a replica that may live on is not given again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,7 @@ async def load_past(db: Database, *, per_set: int) -> tuple[PastReplica, ...]:
     async with db.connection() as connection:
         cursor = await connection.execute(
             """
-            SELECT r.name, r.replica_set, r.spec_hash, r.reason, r.message, r.ended_at,
+            SELECT r.name, r.replica_set, r.spec_hash, r.reason, r.message, r.ended_at, r.created_at,
                    e.first_ready_at IS NOT NULL AS was_ready
               FROM replica_sets s
              CROSS JOIN LATERAL (SELECT * FROM replicas WHERE replica_set = s.name AND phase = 'ENDED'
@@ -89,13 +93,23 @@ async def names_that_ended(db: Database, names: list[str]) -> set[str]:
 
 
 async def create(
-    db: Database, replica_set: ReplicaSet, *, port: int, secret: str, actor: str, now: datetime
+    db: Database,
+    replica_set: ReplicaSet,
+    *,
+    port: int,
+    secret: str,
+    actor: str,
+    now: datetime,
+    beside: Sequence[str] = (),
 ) -> Replica:
     """Add one PENDING replica. Raises Duplicate (the port is taken), Stale (no further one is wanted any more).
 
+    `beside`: replicas of the set that it shall succeed; they do not count against the desired ones.
     The set's row is locked meanwhile, so that two control planes cannot both make the last one that is missing.
     """
     async with db.transaction() as connection:
+        if await _port_rests(connection, port, now):
+            raise Duplicate("a process that nobody saw end may still have this port")
         await connection.execute("SELECT FROM replica_sets WHERE name = %s FOR UPDATE", (replica_set.name,))
         cursor = await connection.execute(
             f"""
@@ -108,7 +122,8 @@ async def create(
                   FROM replica_sets s, (SELECT nextval(pg_get_serial_sequence('replicas', 'id')) AS id) n
                  WHERE s.name = %(set)s AND NOT s.is_paused AND s.spec_hash = %(spec_hash)s
                    AND (SELECT count(*) FROM replicas r
-                         WHERE r.replica_set = s.name AND r.spec_hash = s.spec_hash AND r.phase = ANY (%(existing)s))
+                         WHERE r.replica_set = s.name AND r.spec_hash = s.spec_hash AND r.phase = ANY (%(existing)s)
+                           AND r.name <> ALL (%(beside)s))
                        < s.desired_replicas
                    AND (SELECT count(*) FROM replicas r
                          WHERE r.replica_set = s.name AND r.phase = ANY (%(live)s))
@@ -129,12 +144,30 @@ async def create(
                 "now": now,
                 "existing": list(EXISTING_PHASES),
                 "live": list(LIVE_PHASES),
+                "beside": list(beside),
             },
         )
         row = await cursor.fetchone()
     if row is None:
         raise Stale(f"{replica_set.name}: no further replica of this spec is wanted, or there is no room for one")
     return _replica(row)
+
+
+async def _port_rests(connection: Connection, port: int, now: datetime) -> bool:
+    """Did a replica with this port end lately, and nobody knows whether its process did?
+
+    A node that failed, and a job that a list no longer knew, are no proof of death: the old process may go on to serve,
+    on a node that a new job may be given as well.
+    """
+    cursor = await connection.execute(
+        """
+        SELECT FROM replicas r LEFT JOIN slurm_jobs j ON j.replica_id = r.id AND j.job_id = r.slurm_job_id
+         WHERE r.port = %(port)s AND r.phase = 'ENDED' AND r.ended_at > %(since)s AND r.slurm_job_id IS NOT NULL
+           AND (r.reason IN ('NODE_FAIL', 'LOST') OR j.state IN ('NODE_FAIL', 'BOOT_FAIL'))
+        """,
+        {"port": port, "since": now - PORT_REST},
+    )
+    return await cursor.fetchone() is not None
 
 
 async def move(db: Database, step: Move, *, actor: str, now: datetime) -> Replica:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -22,6 +22,7 @@ from controlplane.core.types import (
     Action,
     CancelJob,
     Create,
+    Exclude,
     Move,
     Phase,
     Reason,
@@ -32,6 +33,7 @@ from controlplane.core.types import (
     Submit,
 )
 from controlplane.db import Database, DatabaseError, Duplicate, Stale, replicas
+from controlplane.reconcile.job_logs import log_path
 from controlplane.slurm.client import SlurmClient
 from controlplane.slurm.errors import SlurmAmbiguous, SlurmError, SlurmProtocolError, SlurmRejected
 from controlplane.slurm.script import ScriptError, ScriptOptions, render
@@ -51,6 +53,10 @@ class ActionOptions:
     instance_id: str
     first_port: int = 20000
     last_port: int = 29999
+
+
+Call = Submit | Release | Exclude | CancelJob
+"""The actions that ask something of Slurm."""
 
 
 @dataclass(slots=True)
@@ -90,28 +96,40 @@ class Actor:
         self._clock = clock
         self._rng = rng
         self._calls = asyncio.Semaphore(_CALLS_AT_ONCE)
+        self._kept_out: Mapping[str, frozenset[str]] = {}  # nodes, by replica set: as the newest round saw them
 
     async def carry_out(
-        self, actions: Sequence[Action], sets: dict[str, ReplicaSet], done: Done, now: datetime, *, may_call: bool
+        self,
+        actions: Sequence[Action],
+        sets: dict[str, ReplicaSet],
+        done: Done,
+        now: datetime,
+        *,
+        may_call: bool,
+        kept_out: Mapping[str, frozenset[str]] | None = None,
     ) -> None:
         """Database first, so that what Slurm delays is at least intended; then Slurm, a few calls at a time.
 
         `may_call` is False while Slurm gives no complete answer: then nothing is asked of it either.
+        `kept_out`: the nodes that a set's new jobs must not be given, by its name.
         """
-        calls: list[Submit | Release | CancelJob] = []
+        self._kept_out = kept_out or {}
+        calls: list[Call] = []
         for action in actions:
             match action:
                 case Create():
-                    if (fresh := await self._create(sets[action.replica_set], done, now)) is not None:
+                    if (fresh := await self._create(sets[action.replica_set], done, now, action.beside)) is not None:
                         calls.append(Submit(fresh))
                 case Move():
                     await self.move(action, done, now)
-                case Submit() | Release() | CancelJob():
+                case Submit() | Release() | Exclude() | CancelJob():
                     calls.append(action)
                 case Report():
                     pass  # said by the round
         if may_call:
-            await asyncio.gather(*(self._call(call, done) for call in calls))
+            # before a job is released it is told where it must not start
+            await asyncio.gather(*(self._call(call, done) for call in calls if isinstance(call, Exclude)))
+            await asyncio.gather(*(self._call(call, done) for call in calls if not isinstance(call, Exclude)))
 
     async def move(self, step: Move, done: Done, now: datetime) -> Replica | None:
         """Take the step, or drop it: somebody else has moved on, or a live row has a job id that was given again."""
@@ -135,15 +153,23 @@ class Actor:
         )
         return after
 
-    async def _create(self, replica_set: ReplicaSet, done: Done, now: datetime) -> Replica | None:
+    async def _create(
+        self, replica_set: ReplicaSet, done: Done, now: datetime, beside: Sequence[str]
+    ) -> Replica | None:
         for _ in range(_PORT_TRIES):
             port = self._rng.randint(self._options.first_port, self._options.last_port)
             try:
                 fresh = await replicas.create(
-                    self._db, replica_set, port=port, secret=secrets.token_urlsafe(32), actor=ACTOR, now=now
+                    self._db,
+                    replica_set,
+                    port=port,
+                    secret=secrets.token_urlsafe(32),
+                    actor=ACTOR,
+                    now=now,
+                    beside=beside,
                 )
             except Duplicate:
-                continue  # a live replica has this port
+                continue  # a live replica has this port, or a process that may be alive
             except Stale:
                 return None
             done.created.append(fresh.name)
@@ -151,7 +177,7 @@ class Actor:
         logger.warning("no free port was found", replica_set=replica_set.name, tries=_PORT_TRIES)
         return None
 
-    async def _call(self, call: Submit | Release | CancelJob, done: Done) -> None:
+    async def _call(self, call: Call, done: Done) -> None:
         queued: Replica | None = None
         async with self._calls:
             try:
@@ -160,6 +186,8 @@ class Actor:
                         queued = await self._submit(call.replica, done)
                     case Release():
                         await self._release(call.replica)
+                    case Exclude():
+                        await self._exclude(call)
                     case CancelJob():
                         await self._slurm.cancel(call.job_id, name=call.job_name)
             except Stale:
@@ -203,6 +231,13 @@ class Actor:
         assert replica.slurm_job_id is not None  # a queued replica has one
         await self._slurm.release(replica.slurm_job_id, name=replica.name)
 
+    async def _exclude(self, call: Exclude) -> None:
+        replica = call.replica
+        assert replica.slurm_job_id is not None  # a queued replica has one
+        if await self._slurm.exclude(replica.slurm_job_id, call.nodes, name=replica.name):
+            words = ", ".join(sorted(call.nodes)) or "none"
+            logger.info("nodes kept from a waiting job", replica=replica.name, nodes=words)
+
     def _request(self, replica: Replica) -> JobRequest:
         spec, directory = replica.spec, self._options.job_directory
         assert spec.slurm is not None  # only sets that Slurm runs have replicas
@@ -215,14 +250,17 @@ class Actor:
             script=script.text,
             environment=script.environment,
             working_directory=str(directory),
-            standard_output=f"{directory}/{replica.name}-%j.out",
+            standard_output=log_path(directory, replica.name, "%j"),
             resources=spec.slurm,
+            excluded_nodes=self._kept_out.get(replica.replica_set, frozenset()),
         )
 
 
-def _words(call: Submit | Release | CancelJob) -> str:
+def _words(call: Call) -> str:
     match call:
         case Submit() | Release():
             return f"{type(call).__name__.lower()} of {call.replica.name}"
+        case Exclude():
+            return f"exclusion of nodes for {call.replica.name}"
         case CancelJob():
             return f"cancel of job {call.job_id}"

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from controlplane.db import Database, alerts, decisions, replicas, why
+from controlplane.db import Database, alerts, decisions, nodes, replicas, why
 
 
 @dataclass(frozen=True, slots=True)
 class JanitorOptions:
     interval_seconds: float = 3600.0
     keep_alerts_seconds: int = 30 * 86400
-    keep_ended_seconds: int = 180 * 86400  # replicas with their histories, decisions, and the audit
+    keep_ended_seconds: int = 180 * 86400  # replicas with their histories, nodes' history, decisions, and the audit
 
 
 class JanitorLoop:
@@ -28,6 +28,7 @@ class JanitorLoop:
         forgotten = {
             "alerts": await alerts.forget(self._db, older_than=self._keep_alerts, now=now),
             "replicas": await replicas.forget(self._db, older_than=self._keep_ended, now=now),
+            "changes of nodes": await nodes.forget_history(self._db, older_than=self._keep_ended, now=now),
             "decisions": await decisions.forget(self._db, older_than=self._keep_ended, now=now),
             "rows of histories": await why.forget(self._db, older_than=self._keep_ended, now=now),
         }

@@ -1,11 +1,11 @@
-"""Puts replica sets back into service when the pause that an operator set for a time has ended."""
+"""Ends what an operator has set for a time: pauses, pins, bounds and freezes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
 
-from controlplane.db import Database, replica_sets
+from controlplane.db import Database, freezes, replica_sets
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,5 +21,7 @@ class PauseLoop:
         self.interval_seconds = options.interval_seconds
 
     async def run_once(self, now: datetime) -> str | None:
-        resumed = await replica_sets.resume_due(self._db, now)
-        return f"resumed {', '.join(resumed)}" if resumed else None
+        done = [f"resumed {name}" for name in await replica_sets.resume_due(self._db, now)]
+        done += await replica_sets.end_due(self._db, now)
+        done += [f"the freeze of {whose} ended" for whose in await freezes.lift_due(self._db, now)]
+        return "; ".join(done) or None

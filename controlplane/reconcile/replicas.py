@@ -14,13 +14,16 @@ from datetime import datetime, timedelta
 
 from loguru import logger
 
+from controlplane.core.back_off import BackOff, explained
 from controlplane.core.lifecycle import advance, comment_for, is_anothers, job_of, twins_of
-from controlplane.core.planning import PlanRules, Scene, idle_since, plan
-from controlplane.core.scaling import Pressure, decide, pressures
+from controlplane.core.nodes import NodeRules
+from controlplane.core.planning import PlanRules, Scene, back_off, idle_since, plan
+from controlplane.core.scaling import Pressure, decide, longest_period, pressures
 from controlplane.core.types import (
     Action,
     Alert,
     CancelJob,
+    Change,
     Decision,
     Endpoint,
     Health,
@@ -39,6 +42,7 @@ from controlplane.db import (
     Database,
     Stale,
     alerts,
+    back_offs,
     decisions,
     endpoints,
     replica_sets,
@@ -47,6 +51,9 @@ from controlplane.db import (
 )
 from controlplane.metrics import ControlPlaneMetrics
 from controlplane.reconcile.actions import ACTOR, Actor, Done
+from controlplane.reconcile.ends import EndCounter
+from controlplane.reconcile.nodes import NodeKeeper, Nodes
+from controlplane.reconcile.schedules import scheduled_bounds
 from controlplane.slurm.client import SlurmClient
 from controlplane.slurm.errors import SlurmError
 
@@ -60,6 +67,7 @@ class ReplicaOptions:
     stale_after: timedelta = timedelta(minutes=15)  # an alert that nobody confirmed for so long presses no more
     orphan_grace: timedelta = timedelta(minutes=5)
     rules: PlanRules = field(default_factory=PlanRules)
+    nodes: NodeRules = field(default_factory=NodeRules)
 
 
 @dataclass(slots=True)
@@ -72,6 +80,7 @@ class World:
     past: dict[str, list[PastReplica]]
     alerts: tuple[Alert, ...]
     names: frozenset[str] = frozenset()  # of all replicas that were live
+    forgiven: dict[str, datetime] = field(default_factory=dict)  # sets whose failures an operator forgave, and when
     outrun: set[str] = field(default_factory=set)  # sets of which somebody else has moved a replica meanwhile
 
 
@@ -96,32 +105,47 @@ class ReplicaLoop:
         self._orphans: dict[int, datetime] = {}  # job id -> first seen
         self._pressing_since: dict[str, datetime] = {}  # replica set -> when the alert it still answers began
         self._reported: dict[str, str] = {}
+        self._nodes = NodeKeeper(db, slurm, options.nodes, options.stale_after)
+        self._ends = EndCounter(metrics)
         self.interval_seconds = options.interval_seconds
 
     async def run_once(self, now: datetime) -> str | None:
         """One round. It may be cut short anywhere, and repeated."""
         done = Done()
         world = await self._load(now)
-        pressing = pressures(world.sets.values(), world.alerts, now=now, stale_after=self._options.stale_after)
-        await self._decide(world, pressing, done, now)
+        pressing = pressures(
+            world.sets.values(),
+            world.alerts,
+            now=now,
+            stale_after=self._options.stale_after,
+            backing_off=self._backing_off(world, now),
+        )
+        actions: list[Action] = [*await self._decide(world, pressing, done, now)]
         observed = await self._observe(now)
         jobs: dict[str, SlurmJob] = {}
-        actions: list[Action] = []
         if isinstance(observed, JobList):
             jobs = await self._follow(world, observed, done, now)
             actions += self._twins(world, observed) + await self._strays(world, observed, now)
         else:
             message = f"no usable answer, so nothing is submitted or cancelled: {observed.message}"
             actions.append(Report("Slurm", message))
+        may_call = isinstance(observed, JobList)
+        seen = await self._nodes.look(world.alerts, now, may_ask=may_call)  # after what has just ended was recorded
+        done.moved += seen.changes
         await self._note_idle(world)
+        pauses: dict[str, BackOff | None] = {}
         for replica_set in world.sets.values():
             if not replica_set.spec.is_external and replica_set.name not in world.outrun:
-                actions += plan(
-                    _scene(world, replica_set, jobs, pressing[replica_set.name]), now=now, rules=self._options.rules
-                )
-        actions += _job_steps(world.replicas, jobs)
+                scene = _scene(world, replica_set, jobs, pressing[replica_set.name], seen)
+                actions += plan(scene, now=now, rules=self._options.rules)
+                pauses[replica_set.name] = back_off(scene, self._options.rules)
+        await back_offs.record(self._db, pauses, now=now)
+        actions = seen.allowed(actions, world.sets) + _job_steps(world.replicas, jobs)
+        actions += seen.exclusions(world.sets, world.replicas, jobs) + seen.reports(world.sets.values())
         self._report(actions)
-        await self._actor.carry_out(actions, world.sets, done, now, may_call=isinstance(observed, JobList))
+        kept_out = {name: out.nodes for name, one in world.sets.items() if (out := seen.kept_out(one)) is not None}
+        await self._actor.carry_out(actions, world.sets, done, now, may_call=may_call, kept_out=kept_out)
+        self._ends.count(world.past)
         self._measure(done)
         return done.sentence()
 
@@ -133,7 +157,8 @@ class ReplicaLoop:
         longest_window = max((one.spec.scale_down.stabilization_window_seconds for one in sets.values()), default=0)
         since = now - self._options.stale_after - timedelta(seconds=longest_window)
         names = frozenset(one.name for one in live)
-        return World(sets, live, seen, past, await alerts.load_since(self._db, since), names)
+        forgiven = await back_offs.load_forgiven(self._db)
+        return World(sets, live, seen, past, await alerts.load_since(self._db, since), names, forgiven)
 
     async def _load_past(self) -> dict[str, list[PastReplica]]:
         past: dict[str, list[PastReplica]] = defaultdict(list)
@@ -141,15 +166,38 @@ class ReplicaLoop:
             past[one.replica_set].append(one)
         return past
 
-    async def _decide(self, world: World, pressing: dict[str, Pressure], done: Done, now: datetime) -> None:
+    def _backing_off(self, world: World, now: datetime) -> set[str]:
+        """The sets whose starts fail, and which try no further one for now."""
+        pauses = {name: self._back_off(world, one) for name, one in world.sets.items()}
+        return {name for name, pause in pauses.items() if pause is not None and now < pause.next_try_at}
+
+    async def _load_changes(self, world: World, now: datetime) -> dict[str, list[Change]]:
+        period = max(map(longest_period, world.sets.values()), default=timedelta(0))
+        return await decisions.load_changes(self._db, now - period) if period else {}
+
+    async def _decide(self, world: World, pressing: dict[str, Pressure], done: Done, now: datetime) -> list[Report]:
         latest = await decisions.load_latest(self._db)
+        changes = await self._load_changes(world, now)
+        reports: list[Report] = []
         for name, pressure in pressing.items():
             replica_set = world.sets[name]
             own = [one for one in world.replicas if one.replica_set == name]
-            decision = decide(replica_set, pressure, own, world.endpoints, now=now)
+            scheduled = scheduled_bounds(replica_set, now)
+            if isinstance(scheduled, Report):
+                reports.append(scheduled)
+            decision = decide(
+                replica_set,
+                pressure,
+                own,
+                world.endpoints,
+                now=now,
+                scheduled=None if isinstance(scheduled, Report) else scheduled,
+                changes=changes.get(name, ()),
+            )
+            decision = explained(decision, self._back_off(world, replica_set))
             before = latest.get(name)
             is_news = before is None or (before.reason, before.alerts) != (decision.reason, decision.alerts)
-            if not decision.changes_desired and not is_news:
+            if not decision.changes_desired and decision.scheduled is None and not is_news:
                 continue
             try:
                 await replica_sets.decide(self._db, decision, actor=ACTOR, now=now)
@@ -164,10 +212,14 @@ class ReplicaLoop:
                 desired=decision.desired,
                 why=decision.explanation,
             )
-            if decision.changes_desired:
+            if decision.changes_desired or decision.scheduled is not None:
                 done.moved.append(f"{name}: {decision.previous} -> {decision.desired}, {decision.explanation}")
                 world.sets[name] = await replica_sets.load(self._db, name)
                 self._note_pressure(decision, pressure)
+        return reports
+
+    def _back_off(self, world: World, replica_set: ReplicaSet) -> BackOff | None:
+        return back_off(_scene(world, replica_set, {}, Pressure(), Nodes()), self._options.rules)
 
     async def _observe(self, now: datetime) -> JobList | Unknown:
         try:
@@ -275,14 +327,17 @@ class ReplicaLoop:
                 self._metrics.alert_to_submit_seconds.observe((self._clock() - since).total_seconds())
 
 
-def _scene(world: World, replica_set: ReplicaSet, jobs: dict[str, SlurmJob], pressure: Pressure) -> Scene:
+def _scene(world: World, replica_set: ReplicaSet, jobs: dict[str, SlurmJob], pressure: Pressure, seen: Nodes) -> Scene:
+    own = tuple(one for one in world.replicas if one.replica_set == replica_set.name)
     return Scene(
         replica_set=replica_set,
-        replicas=tuple(one for one in world.replicas if one.replica_set == replica_set.name),
+        replicas=own,
         endpoints=world.endpoints,
         past=tuple(world.past.get(replica_set.name, ())),
         ends_at={name: job.ends_at for name, job in jobs.items() if job.ends_at is not None},
         to_replace=frozenset(alert.labels["replica"] for alert in pressure.replace),
+        to_vacate=seen.to_vacate(replica_set, own, jobs),
+        forgiven_at=world.forgiven.get(replica_set.name),
     )
 
 

@@ -24,6 +24,7 @@ from controlplane.settings.sections import (
     DatabaseSettings,
     GrafanaSettings,
     LogSettings,
+    NodesSettings,
     OperatorSettings,
     ProbeSettings,
     ProxySettings,
@@ -82,6 +83,7 @@ class Settings(BaseSettings):
     operator: OperatorSettings = OperatorSettings()
     slurm: SlurmSettings = SlurmSettings()
     reconcile: ReconcileSettings = ReconcileSettings()
+    nodes: NodesSettings = NodesSettings()
     probe: ProbeSettings = ProbeSettings()
     alerts: AlertsSettings = AlertsSettings()
     grafana: GrafanaSettings = GrafanaSettings()

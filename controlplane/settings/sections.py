@@ -132,6 +132,21 @@ class ReconcileSettings(Section):
     )
 
 
+class NodesSettings(Section):
+    failed_starts: Count = Field(
+        default=3, description="starts that fail in a row on a node, while others start elsewhere: one strike"
+    )
+    first_exclusion_seconds: Seconds = Field(
+        default=600.0, description="how long a node is kept out after its first strike; doubles with each further one"
+    )
+    longest_exclusion_seconds: Seconds = Field(default=21600.0, description="how long at most")
+    most_excluded_share: Annotated[
+        float, Field(ge=0, lt=1, allow_inf_nan=False), Form("a share: 0 or more, and less than 1")
+    ] = Field(
+        default=0.5, description="share of a partition's usable nodes that alerts and failures may keep out together"
+    )
+
+
 class ProbeSettings(Section):
     interval_seconds: Seconds = Field(
         default=5.0, description="time between two probes of an endpoint that serves; others are probed each second"

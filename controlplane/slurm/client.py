@@ -21,7 +21,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Protocol, Self, TypeVar
 from urllib.parse import quote
 
-from controlplane.core.types import JobList, SlurmJob
+from controlplane.core.nodes import SlurmNode
+from controlplane.core.types import JobList, JobState, SlurmJob
 from controlplane.slurm import wire
 from controlplane.slurm.errors import (
     SlurmError,
@@ -30,13 +31,13 @@ from controlplane.slurm.errors import (
     SlurmRejected,
     SlurmUnreachable,
 )
-from controlplane.slurm.faults import ALREADY_DONE, INVALID_JOB_ID, JOB_FINISHED, judge
+from controlplane.slurm.faults import ALREADY_DONE, INVALID_JOB_ID, JOB_FINISHED, NOT_PENDING, judge
 from controlplane.slurm.tokens import TokenSource, expires_at
 from controlplane.slurm.transport import Answer, Transport
 from controlplane.slurm.wire import DIALECTS, Dialect, JobRequest, Submitted
 
 JOB_NAME_PREFIX: Final = "cp-"
-_GONE: Final = frozenset({INVALID_JOB_ID, ALREADY_DONE, JOB_FINISHED})
+_GONE: Final = frozenset({INVALID_JOB_ID, ALREADY_DONE, JOB_FINISHED, NOT_PENDING})
 _CLOCK_SKEW: Final = timedelta(seconds=30)
 
 T = TypeVar("T")
@@ -195,6 +196,20 @@ class SlurmClient:
 
         return await self._exchange("release", "POST", f"job/{job_id}", _read_acceptance, write=write, changes=True)
 
+    async def exclude(self, job_id: int, nodes: frozenset[str], *, name: str) -> bool:
+        """Keep job `job_id`, which waits, off these nodes. False: no live job `name` of ours with this id, or it runs.
+
+        May be repeated. Raises `SlurmRejected` if Slurm does not know one of the nodes.
+        """
+        job = await self._ours(job_id, name)
+        if job is None or job.state is not JobState.PENDING:
+            return False
+
+        def write(dialect: Dialect) -> dict[str, Any]:
+            return wire.write_exclusion(nodes, dialect)
+
+        return await self._exchange("exclude", "POST", f"job/{job_id}", _read_acceptance, write=write, changes=True)
+
     async def cancel(self, job_id: int, *, name: str) -> bool:
         """Ask Slurm to end job `job_id`. False: there is no live job `name` of ours with this id. May be repeated.
 
@@ -218,6 +233,16 @@ class SlurmClient:
         address = await self._exchange("node", "GET", f"node/{quote(node, safe='')}", read)
         self._node_addresses[node] = (address, time.monotonic() + self._options.node_address_seconds)
         return address
+
+    async def list_nodes(self) -> tuple[SlurmNode, ...]:
+        """Every node there is, in whatever state."""
+
+        def read(answer: Answer) -> tuple[SlurmNode, ...]:
+            if answer.status != 200 or wire.read_complaints(answer):
+                raise judge(answer, changes=False)
+            return wire.read_nodes(answer)
+
+        return await self._exchange("nodes", "GET", "nodes", read)
 
     async def ping(self) -> Ping:
         """Which Slurm answers, provided its controller does and accepts our token."""
@@ -331,7 +356,7 @@ class SlurmClient:
 
 
 def _read_acceptance(answer: Answer) -> bool:
-    """Whether Slurm took a release or a cancel; False if it says that the job is over or was never there."""
+    """Whether Slurm took what was asked of a job; False if it says that the job is over, or runs, or never was."""
     complaints = wire.read_complaints(answer)
     if any(complaint.number in _GONE for complaint in complaints):
         return False

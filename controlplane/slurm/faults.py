@@ -22,6 +22,7 @@ from controlplane.slurm.wire import read_complaints
 INVALID_JOB_ID: Final = 2017  # the only number that says "no such job"
 ALREADY_DONE: Final = 2021
 JOB_FINISHED: Final = 2084
+NOT_PENDING: Final = 2073
 
 _NOT_CONNECTED: Final = frozenset({1001, 1021, 1800})  # slurmrestd did not get through to slurmctld
 _NOT_NOW: Final = frozenset({2007, 2027, 2105, 2131})  # table full, standby, submissions disabled: true of now only

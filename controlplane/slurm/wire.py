@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
+from controlplane.core.nodes import SlurmNode
 from controlplane.core.types import OVER_STATES, JobState, SlurmJob, SlurmResources
 from controlplane.slurm.errors import SlurmProtocolError, foreign_text
 from controlplane.slurm.transport import Answer
@@ -28,14 +29,27 @@ class Dialect:
     is_tagged: bool  # numbers are `{set, infinite, number}`, the environment is a list, GPUs are asked for as TRES
     can_forbid_requeue: bool  # 22.05 reads `"requeue": false` as true
     can_warn_batch_shell: bool  # 22.05 can only signal job steps, and we start none
+    excluded_nodes: str  # 22.05 refuses the name that it shows ("Disabled key"), and takes this one
 
 
 DIALECTS: Final[Mapping[str, Dialect]] = {
     **{
-        version: Dialect(version, is_tagged=True, can_forbid_requeue=True, can_warn_batch_shell=True)
+        version: Dialect(
+            version,
+            is_tagged=True,
+            can_forbid_requeue=True,
+            can_warn_batch_shell=True,
+            excluded_nodes="excluded_nodes",
+        )
         for version in ("v0.0.45", "v0.0.44", "v0.0.43", "v0.0.42", "v0.0.41", "v0.0.40")
     },
-    "v0.0.38": Dialect("v0.0.38", is_tagged=False, can_forbid_requeue=False, can_warn_batch_shell=False),
+    "v0.0.38": Dialect(
+        "v0.0.38",
+        is_tagged=False,
+        can_forbid_requeue=False,
+        can_warn_batch_shell=False,
+        excluded_nodes="exclude_nodes",
+    ),
 }
 """Every version spoken, newest first."""
 
@@ -55,6 +69,7 @@ class JobRequest:
     standard_output: str  # %j is the job id; standard error goes there as well
     resources: SlurmResources
     warning_seconds: int | None = None  # USR1 to the script that long before the time limit, where Slurm can
+    excluded_nodes: frozenset[str] = frozenset()  # nodes that Slurm knows: it refuses the job otherwise
 
 
 def write_submit(request: JobRequest, dialect: Dialect) -> dict[str, Any]:
@@ -91,6 +106,8 @@ def write_submit(request: JobRequest, dialect: Dialect) -> dict[str, Any]:
             "time_limit": minutes,
             "memory_per_node": resources.memory_mb_per_node,
         }
+    if request.excluded_nodes:
+        job |= write_exclusion(request.excluded_nodes, dialect)
     if dialect.can_forbid_requeue:
         job["requeue"] = False  # a replica is never revived; on 22.05 the cluster's JobRequeue decides
     if dialect.can_warn_batch_shell and request.warning_seconds is not None:
@@ -105,6 +122,16 @@ def write_submit(request: JobRequest, dialect: Dialect) -> dict[str, Any]:
 def write_release() -> dict[str, Any]:
     """The body of `POST job/{id}` that ends our hold."""
     return {"hold": False}
+
+
+def write_exclusion(nodes: Iterable[str], dialect: Dialect) -> dict[str, Any]:
+    """What keeps a job off these nodes, in a submit or as the body of `POST job/{id}`; none at all takes it back.
+
+    Tried on 22.05.8 and 24.11.5: 22.05 wants text and refuses a list; later ones want a list, but of a list without
+    names they change nothing, and only the empty text (which they remark upon) takes an exclusion back.
+    """
+    names = sorted(nodes)
+    return {dialect.excluded_nodes: names if names and dialect.is_tagged else ",".join(names)}
 
 
 def _tagged(number: int) -> dict[str, Any]:
@@ -260,6 +287,7 @@ def _job(entry: Mapping[str, Any], user_names: Mapping[int, str]) -> SlurmJob:
         signal=signal,
         restart_count=_number(entry.get("restart_cnt")) or 0,
         raw_state=foreign_text("+".join(str(word) for word in words)),
+        excluded_nodes=_text(entry.get("excluded_nodes")),
     )
 
 
@@ -295,6 +323,34 @@ def read_node_address(answer: Answer, node: str) -> str:
         if entry.get("name") == node:
             return _text(entry.get("address")) or node
     return node
+
+
+_UNUSABLE: Final = frozenset(
+    {"DOWN", "DRAIN", "DRAINED", "DRAINING", "ERROR", "FAIL", "FUTURE", "INVAL", "INVALID", "NOT_RESPONDING", "UNKNOWN"}
+)
+
+
+def read_nodes(answer: Answer) -> tuple[SlurmNode, ...]:
+    """Every node there is. Raises `SlurmProtocolError` for what is no list of them."""
+    entries = (answer.body or {}).get("nodes")
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) and entry.get("name") for entry in entries):
+        raise SlurmProtocolError(f"HTTP {answer.status} without a list of nodes: {answer.text}")
+    return tuple(_node(entry) for entry in entries)
+
+
+def _node(entry: Mapping[str, Any]) -> SlurmNode:
+    states = {word.upper() for word in [*_words(entry.get("state")), *_words(entry.get("state_flags"))]}
+    return SlurmNode(
+        name=str(entry["name"]),
+        partitions=frozenset(_words(entry.get("partitions"))),
+        features=frozenset(_words(entry.get("active_features"))),
+        is_usable=bool(states) and not states & _UNUSABLE,
+    )
+
+
+def _words(value: object) -> list[str]:
+    """A list of words, or text with commas between them."""
+    return [str(word) for word in value] if isinstance(value, list) else [*filter(None, _text(value).split(","))]
 
 
 # --- scalars --------------------------------------------------------------------------------------------

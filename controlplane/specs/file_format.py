@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Callable
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
+
+from controlplane.specs.schedules import check_cron, zone_of
 
 MAX_REPLICAS = 10_000
 _YEAR = 366 * 86400
@@ -47,6 +50,19 @@ def _endpoint_url(text: str) -> str:
     return text.rstrip("/")
 
 
+def _read_by(read: Callable[[str], object]) -> AfterValidator:
+    """A validator of a function that says with a ValueError what is wrong."""
+
+    def validate(text: str) -> str:
+        try:
+            read(text)
+        except ValueError as error:
+            raise PydanticCustomError("schedule", "{why}", {"why": str(error)}) from None
+        return text
+
+    return AfterValidator(validate)
+
+
 Text = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_printable)]
 LongText = Annotated[str, Field(max_length=4096), AfterValidator(_printable)]
 Value = Annotated[Text, AfterValidator(_argument)]
@@ -55,6 +71,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")]
 VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
 ApiKeyText = Annotated[str, Field(pattern=r"^[!-~]{1,4096}$")]
 Seconds = Annotated[int, Field(ge=0, le=_YEAR)]
+Period = Annotated[int, Field(gt=0, le=86400)]
 PositiveSeconds = Annotated[int, Field(gt=0, le=_YEAR)]
 Count = Annotated[int, Field(ge=1, le=MAX_REPLICAS)]
 CountOrNone = Annotated[int, Field(ge=0, le=MAX_REPLICAS)]
@@ -111,20 +128,66 @@ class EndpointDocument(_Document):
         return self
 
 
+class PolicyDocument(_Document):
+    """How much may change within a period that ends now, whoever changes it. It bounds `step` and adds nothing."""
+
+    type: Literal["Replicas", "Percent"]
+    """`Percent` is of the count at the period's beginning, rounded up."""
+    value: Count
+    period_seconds: Period
+
+
+SelectPolicyWord = Literal["Max", "Min", "Disabled"]
+
+
 class ScaleUpDocument(_Document):
     """How the set grows while an alert asks for it."""
 
     step: Count = 1
+    """How many at a time, unless the alert's label `step` says so."""
     cooldown_seconds: Seconds = 60
+    stabilization_window_seconds: Seconds = 0
+    """How long an alert must have pressed, since it began or since the last step up, before the next one."""
+    policies: list[PolicyDocument] = []
+    select_policy: SelectPolicyWord = "Max"
+    """Of several policies, the one that allows the largest change, or the smallest; `Disabled`: no alert grows it."""
 
 
 class ScaleDownDocument(_Document):
     """How the set shrinks while an alert asks for it."""
 
     step: Count = 1
+    """How many at a time, unless the alert's label `step` says so."""
     cooldown_seconds: Seconds = 120
     stabilization_window_seconds: Seconds = 300
     """How long no alert may have asked for more."""
+    policies: list[PolicyDocument] = []
+    select_policy: SelectPolicyWord = "Max"
+    """Of several policies, the one that allows the largest change, or the smallest; `Disabled`: no alert shrinks it."""
+
+
+class ScheduleDocument(_Document):
+    """Other bounds for a time. While several are open hold the highest min and the lowest max; min wins."""
+
+    name: Name
+    """Decisions name it."""
+    cron: Annotated[Text, _read_by(check_cron)]
+    """When it opens: minute, hour, day of month, month, day of week, as in `0 8 * * MON-FRI`."""
+    time_zone: Annotated[Text, _read_by(zone_of)] = "UTC"
+    """IANA's name, as Europe/Berlin: cron is read in its local time."""
+    duration_seconds: Annotated[int, Field(ge=60, le=_YEAR)]
+    """How long it stays open, in elapsed time."""
+    min_replicas: CountOrNone | None = None
+    max_replicas: CountOrNone | None = None
+
+    @model_validator(mode="after")
+    def _gives_bounds(self) -> Self:
+        low, high = self.min_replicas, self.max_replicas
+        if low is None and high is None:
+            raise PydanticCustomError("bounds", "give min_replicas, max_replicas or both")
+        if low is not None and high is not None and low > high:
+            raise PydanticCustomError("bounds", "min_replicas must not be greater than max_replicas")
+        return self
 
 
 _ONE_KIND: JsonDict = {
@@ -157,6 +220,10 @@ class ReplicaSetDocument(_Document):
     endpoints: list[EndpointDocument] = []
     scale_up: ScaleUpDocument = ScaleUpDocument()
     scale_down: ScaleDownDocument = ScaleDownDocument()
+    mode: Literal["active", "advisory"] = "active"
+    """`advisory`: alerts and schedules are decided upon and recorded, and change nothing; operators still do."""
+    schedules: list[ScheduleDocument] = []
+    """Other bounds at certain times."""
     probe: Literal["completion", "chat", "embedding", "models"] = "completion"
     """What proves that the engine lives: one token of an answer, an embedding, or only its list of models."""
     start_timeout_seconds: PositiveSeconds = 1800
@@ -172,6 +239,7 @@ class ReplicaSetDocument(_Document):
             raise PydanticCustomError("kind", "give exactly one of slurm and endpoints")
         if self.min_replicas > self.max_replicas:
             raise PydanticCustomError("bounds", "min_replicas must not be greater than max_replicas")
+        self._check_schedules()
         if self.slurm is None:
             for name in _ONLY_WITH_SLURM:
                 if getattr(self, name) != type(self).model_fields[name].default:
@@ -181,8 +249,32 @@ class ReplicaSetDocument(_Document):
                 raise PydanticCustomError("twice", "endpoints: each url may be given once")
         return self
 
+    def _check_schedules(self) -> None:
+        names = [schedule.name for schedule in self.schedules]
+        if len(set(names)) != len(names):
+            raise PydanticCustomError("twice", "schedules: each name may be given once")
+        for one in self.schedules:
+            low = self.min_replicas if one.min_replicas is None else one.min_replicas
+            high = self.max_replicas if one.max_replicas is None else one.max_replicas
+            if low > high:
+                raise PydanticCustomError(
+                    "bounds",
+                    "schedules: {name} would have min_replicas {low} and max_replicas {high}; give it both",
+                    {"name": one.name, "low": low, "high": high},
+                )
 
-_ONLY_WITH_SLURM = ("template", "min_replicas", "max_replicas", "surge", "vllm", "scale_up", "scale_down")
+
+_ONLY_WITH_SLURM = (
+    "template",
+    "min_replicas",
+    "max_replicas",
+    "surge",
+    "vllm",
+    "scale_up",
+    "scale_down",
+    "mode",
+    "schedules",
+)
 
 
 class ReplicaSetsFile(_Document):

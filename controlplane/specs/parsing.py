@@ -13,14 +13,25 @@ from pydantic import ValidationError
 
 from controlplane.core.types import (
     ExternalEndpoint,
+    Mode,
+    PolicyType,
     ReplicaSetSpec,
     ScaleDown,
     ScaleUp,
+    ScalingPolicy,
+    Schedule,
+    SelectPolicy,
     SlurmResources,
     VllmOptions,
 )
 from controlplane.specs.faults import Fault, SpecError, faults_of
-from controlplane.specs.file_format import EndpointDocument, ReplicaSetDocument, ReplicaSetsFile
+from controlplane.specs.file_format import (
+    EndpointDocument,
+    ReplicaSetDocument,
+    ReplicaSetsFile,
+    ScaleDownDocument,
+    ScaleUpDocument,
+)
 
 DEFAULT_TEMPLATE = "vllm-apptainer"
 
@@ -87,11 +98,22 @@ def _spec(document: ReplicaSetDocument, path: str, directory: Path | None, fault
         "template": (document.template or DEFAULT_TEMPLATE) if document.slurm else None,
         "slurm": SlurmResources(**dict(document.slurm)) if document.slurm else None,
         "vllm": VllmOptions(**{**dict(document.vllm), "args": tuple(document.vllm.args)}),
-        "scale_up": ScaleUp(**dict(document.scale_up)),
-        "scale_down": ScaleDown(**dict(document.scale_down)),
+        "scale_up": ScaleUp(**_rules(document.scale_up)),
+        "scale_down": ScaleDown(**_rules(document.scale_down)),
         "endpoints": tuple(endpoints),
+        "mode": Mode(document.mode),
+        "schedules": tuple(Schedule(**dict(schedule)) for schedule in document.schedules),
     }
     return ReplicaSetSpec(**fields)
+
+
+def _rules(document: ScaleUpDocument | ScaleDownDocument) -> dict[str, Any]:
+    policies = ({**dict(policy), "type": PolicyType(policy.type)} for policy in document.policies)
+    return {
+        **dict(document),
+        "policies": tuple(ScalingPolicy(**policy) for policy in policies),
+        "select_policy": SelectPolicy(document.select_policy),
+    }
 
 
 class _KeyFileUnreadable(Exception):

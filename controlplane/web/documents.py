@@ -6,9 +6,12 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
+from controlplane.core.nodes import NodeMark
 from controlplane.core.stories import RecordedDecision
-from controlplane.core.types import Alert, Endpoint, Replica, ReplicaSet, ReplicaSetSpec
+from controlplane.core.types import Alert, Endpoint, Freeze, Replica, ReplicaSet, ReplicaSetSpec
 from controlplane.db.audit import Said
+from controlplane.db.back_offs import RecordedBackOff
+from controlplane.db.job_logs import JobLog
 
 Document = dict[str, Any]
 
@@ -37,10 +40,35 @@ def replica_set_document(one: ReplicaSet) -> Document:
         "is_paused": one.is_paused,
         "paused_reason": one.paused_reason,
         "paused_until": _time(one.paused_until),
+        "operator_bounds": one.operator_bounds
+        and {
+            "min_replicas": one.operator_bounds.min_replicas,
+            "max_replicas": one.operator_bounds.max_replicas,
+            "until": _time(one.operator_bounds.until),
+        },
+        "open_schedules": list(one.scheduled.schedules),
+        "pin": one.pin
+        and {
+            "replicas": one.pin.replicas,
+            "until": _time(one.pin.until),
+            "actor": one.pin.actor,
+            "reason": one.pin.reason,
+        },
+        "freezes": [freeze_document(freeze) for freeze in one.freezes],
         "scaled_up_at": _time(one.scaled_up_at),
         "scaled_down_at": _time(one.scaled_down_at),
         "spec_hash": one.spec_hash,
         "spec": spec_document(one.spec),
+    }
+
+
+def freeze_document(one: Freeze) -> Document:
+    return {
+        "is_of_all": one.is_of_all,
+        "actor": one.actor,
+        "reason": one.reason,
+        "since": _time(one.since),
+        "until": _time(one.until),
     }
 
 
@@ -61,6 +89,41 @@ def replica_document(one: Replica) -> Document:
         "running_since": _time(one.running_since),
         "drain_deadline": _time(one.drain_deadline),
         "cut_requests": one.cut_requests,
+    }
+
+
+def log_document(one: JobLog | None) -> Document | None:
+    """The end of the log of a job that ended unasked; None: it was not read, or is not worth reading."""
+    return None if one is None else {"read_at": _time(one.read_at), "tail": one.tail, "problem": one.problem}
+
+
+def back_off_document(one: RecordedBackOff | None) -> Document | None:
+    if one is None:
+        return None
+    return {
+        "failures": one.failures,
+        "since": _time(one.since),
+        "next_try_at": _time(one.next_try_at),
+        "replica": one.replica,
+        "reason": one.reason,
+        "message": one.message,
+        "log_tail": one.log_tail,
+    }
+
+
+def node_document(one: NodeMark) -> Document:
+    return {
+        "node": one.node,
+        "cause": one.cause,
+        "is_kept_out": one.is_active,
+        "is_drained": one.drains,
+        "reason": one.reason,
+        "actor": one.actor,
+        "since": _time(one.since),
+        "until": _time(one.until),
+        "strikes": one.strikes,
+        "cleared_at": _time(one.cleared_at),
+        "cleared_by": one.cleared_by,
     }
 
 

@@ -21,9 +21,22 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from controlplane.core.times import parse_time
-from controlplane.core.types import Phase, ReplicaSet, ReplicaSetSpec
+from controlplane.core.types import Freeze, Phase, ReplicaSet, ReplicaSetSpec
 from controlplane.core.verbs import Verb
-from controlplane.db import Database, NotFound, alerts, audit, decisions, endpoints, replica_sets, replicas
+from controlplane.db import (
+    Database,
+    NotFound,
+    alerts,
+    audit,
+    back_offs,
+    decisions,
+    endpoints,
+    freezes,
+    job_logs,
+    nodes,
+    replica_sets,
+    replicas,
+)
 from controlplane.slurm.script import ScriptError, ScriptOptions, check
 from controlplane.specs import SpecError, faults_of, parse_one
 from controlplane.specs.file_format import CountOrNone, Text
@@ -68,16 +81,22 @@ def _utc(value: object) -> object:
         raise PydanticCustomError("time", "{why}", {"why": str(error)}) from None
 
 
+Time = Annotated[datetime, BeforeValidator(_utc)]
+
+
 class ScaleBody(_Body):
     replicas: CountOrNone | None = None
     min_replicas: CountOrNone | None = None
     max_replicas: CountOrNone | None = None
+    until: Time | None = None
     reason: Text | None = None
 
 
-class PauseBody(_Body):
+class LastingBody(_Body):
+    """For what lasts until it is undone, or until then."""
+
     reason: Text | None = None
-    until: Annotated[datetime, BeforeValidator(_utc)] | None = None
+    until: Time | None = None
 
 
 class ReasonBody(_Body):
@@ -133,7 +152,14 @@ def routes(
         verb("replica-sets/{name}/scale", sets.scale),
         verb("replica-sets/{name}/pause", sets.pause),
         verb("replica-sets/{name}/resume", sets.resume),
+        verb("replica-sets/{name}/freeze", sets.freeze),
+        verb("replica-sets/{name}/unfreeze", sets.unfreeze),
+        verb("freeze", sets.freeze_all),
+        verb("unfreeze", sets.unfreeze_all),
         *(verb(f"replicas/{{name}}/{word}", _replica_verb(db, word)) for word in Verb),
+        route("GET", "nodes", reads.nodes),
+        verb("nodes/{name}/drain", _drain_node(db)),
+        verb("nodes/{name}/undrain", _undrain_node(db)),
     ]
 
 
@@ -142,13 +168,31 @@ class _Reads:
         self._db = db
 
     async def replica_sets(self, _order: Order) -> documents.Document:
-        return {"replica_sets": [documents.replica_set_document(one) for one in await replica_sets.load_all(self._db)]}
+        pauses = await back_offs.load(self._db)
+        return {
+            "replica_sets": [
+                {
+                    **documents.replica_set_document(one),
+                    "back_off": documents.back_off_document(pauses.get(one.name)),
+                }
+                for one in await replica_sets.load_all(self._db)
+            ]
+        }
 
     async def replicas(self, order: Order) -> documents.Document:
         """Every live one, and the newest of those that ended."""
         newest = await replicas.load_newest(self._db, limit=_limit(order.parameters))
         shown = [*await replicas.load_live(self._db), *(one for one in newest if one.phase is Phase.ENDED)]
-        return {"replicas": [documents.replica_document(one) for one in sorted(shown, key=lambda one: -one.id)]}
+        logs = await job_logs.load(self._db, [one.name for one in shown])
+        return {
+            "replicas": [
+                {**documents.replica_document(one), "log": documents.log_document(logs.get(one.name))}
+                for one in sorted(shown, key=lambda one: -one.id)
+            ]
+        }
+
+    async def nodes(self, _order: Order) -> documents.Document:
+        return {"nodes": [documents.node_document(one) for one in await nodes.load(self._db)]}
 
     async def endpoints(self, _order: Order) -> documents.Document:
         routable = {one.endpoint_id for one in await endpoints.load_routable(self._db)}
@@ -205,12 +249,42 @@ class _ReplicaSetVerbs:
         return await self._changed(order, replica_sets.scale, **body.model_dump())
 
     async def pause(self, order: Order) -> documents.Document:
-        body = _read(order, PauseBody)
+        body = _read(order, LastingBody)
         return await self._changed(order, replica_sets.pause, **body.model_dump())
 
     async def resume(self, order: Order) -> documents.Document:
         _read(order, EmptyBody)
         return await self._changed(order, replica_sets.resume)
+
+    async def freeze(self, order: Order) -> documents.Document:
+        body = _read(order, LastingBody)
+        return await self._changed(order, freezes.freeze, **body.model_dump())
+
+    async def unfreeze(self, order: Order) -> documents.Document:
+        _read(order, EmptyBody)
+        return await self._changed(order, freezes.unfreeze)
+
+    async def freeze_all(self, order: Order) -> documents.Document:
+        body = _read(order, LastingBody)
+        return await self._changed_for_all(order, freezes.freeze_all, **body.model_dump())
+
+    async def unfreeze_all(self, order: Order) -> documents.Document:
+        _read(order, EmptyBody)
+        return await self._changed_for_all(order, freezes.unfreeze_all)
+
+    async def _changed_for_all(
+        self, order: Order, verb: Callable[..., Awaitable[Freeze | None]], **wanted: object
+    ) -> documents.Document:
+        before = await freezes.load_of_all(self._db)
+        try:
+            after = await verb(self._db, actor=order.actor, now=order.now, dry_run=order.is_dry_run, **wanted)
+        except ValueError as error:
+            raise _field_at_fault(error) from None
+        return {
+            "changed": after != before,
+            "dry_run": order.is_dry_run,
+            "freeze": after and documents.freeze_document(after),
+        }
 
     async def _changed(
         self, order: Order, verb: Callable[..., Awaitable[ReplicaSet]], **wanted: object
@@ -241,6 +315,52 @@ def _replica_verb(db: Database, word: Verb) -> Answer:
         }
 
     return answer
+
+
+def _drain_node(db: Database) -> Answer:
+    async def answer(order: Order) -> documents.Document:
+        body = _read(order, LastingBody)
+        marked = await _checked(
+            nodes.drain(
+                db,
+                order.name,
+                actor=order.actor,
+                now=order.now,
+                reason=body.reason,
+                until=body.until,
+                dry_run=order.is_dry_run,
+            )
+        )
+        return _node_answer(order, marked)
+
+    return answer
+
+
+def _undrain_node(db: Database) -> Answer:
+    async def answer(order: Order) -> documents.Document:
+        _read(order, EmptyBody)
+        marked = await _checked(
+            nodes.undrain(db, order.name, actor=order.actor, now=order.now, dry_run=order.is_dry_run)
+        )
+        return _node_answer(order, marked)
+
+    return answer
+
+
+async def _checked(marking: Awaitable[nodes.Marked]) -> nodes.Marked:
+    try:
+        return await marking
+    except ValueError as error:
+        raise _field_at_fault(error) from None
+
+
+def _node_answer(order: Order, marked: nodes.Marked) -> documents.Document:
+    return {
+        "changed": marked.is_changed,
+        "dry_run": order.is_dry_run,
+        "node": marked.node,
+        "marks": [documents.node_document(one) for one in marked.marks],
+    }
 
 
 # --- what a request says ------------------------------------------------------------------------------------

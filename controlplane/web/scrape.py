@@ -19,9 +19,20 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from controlplane.core.nodes import NodeCause
 from controlplane.core.pending import word_of
 from controlplane.core.types import LIVE_PHASES, Phase
-from controlplane.db import Database, DatabaseError, alerts, endpoints, replica_sets, replicas, slurm_jobs
+from controlplane.db import (
+    Database,
+    DatabaseError,
+    alerts,
+    back_offs,
+    endpoints,
+    nodes,
+    replica_sets,
+    replicas,
+    slurm_jobs,
+)
 from controlplane.metrics import ControlPlaneMetrics
 from controlplane.web.payloads import Source
 
@@ -87,7 +98,26 @@ async def observe(db: Database, now: datetime) -> list[Metric]:
     stale_by_source = await alerts.count_stale(db)
     for source in Source:
         stale.add_metric([source], stale_by_source.get(source, 0))
-    return [by_phase, desired, ready, confirmed, pending, stale]
+    return [by_phase, desired, ready, confirmed, pending, stale, *await _troubles(db, [one.name for one in sets])]
+
+
+async def _troubles(db: Database, names: Iterable[str]) -> list[Metric]:
+    """Sets that back off, and nodes that are kept out, by why they are."""
+    backing_off = GaugeMetricFamily(
+        "controlplane_back_off",
+        "Failed starts in a row, or jobs lost soon, that a set backs off from; 0: it does not",
+        labels=["replica_set"],
+    )
+    pauses = await back_offs.load(db)
+    for name in names:
+        backing_off.add_metric([name], pauses[name].failures if name in pauses else 0)
+    excluded = GaugeMetricFamily(
+        "controlplane_nodes_excluded", "Nodes that are marked to be kept out of new jobs", labels=["cause"]
+    )
+    marked = Counter(mark.cause for mark in await nodes.load(db) if mark.is_active)
+    for cause in NodeCause:
+        excluded.add_metric([cause], marked[cause])
+    return [backing_off, excluded]
 
 
 class _Joined(Collector):

@@ -648,6 +648,38 @@ async def test_a_nodes_address_is_not_guessed_without_a_controller(
         await client.node_address("n1")
 
 
+@pytest.mark.recorded("ping", "nodes_draining", "down_jobs")
+async def test_nodes_are_listed_with_what_slurm_would_start_there(
+    client: SlurmClient, slurmrestd: Slurmrestd, recording: Recording
+) -> None:
+    slurmrestd.replay(recording, "ping", "nodes_draining")
+    nodes = await client.list_nodes()
+    assert sorted((node.name, node.partitions >= {"gpu", "low"}) for node in nodes) == [("n1", True), ("n2", True)]
+    assert sorted(node.is_usable for node in nodes) == [False, True]
+    slurmrestd.answer("GET", "nodes", (recording["down_jobs"].status, recording["down_jobs"].body))
+    with pytest.raises(SlurmUnreachable):
+        await client.list_nodes()
+
+
+@pytest.mark.recorded("ping", "job_held", "job_running", "release_held", "release_unknown")
+async def test_nodes_are_kept_from_our_waiting_job_and_from_no_other(
+    client: SlurmClient, slurmrestd: Slurmrestd, recording: Recording
+) -> None:
+    job_id = await prepared(slurmrestd, recording, "job_held")
+    taken = recording["release_held"]
+    slurmrestd.answer("POST", f"job/{job_id}", (taken.status, taken.body))
+    assert await client.exclude(job_id, frozenset({"n1", "n2"}), name="cp-set-1")
+    said: dict[str, Any] = {"excluded_nodes": ["n1", "n2"]} if recording.is_tagged else {"exclude_nodes": "n1,n2"}
+    assert slurmrestd.requests[-1].body == said
+    asked = len(slurmrestd.requests)
+    assert not await client.exclude(job_id, frozenset({"n1"}), name="cp-set-2")
+    slurmrestd.answer("POST", f"job/{job_id}", (500, recording["release_unknown"].body))
+    assert not await client.exclude(job_id, frozenset({"n1"}), name="cp-set-1"), "it was gone meanwhile"
+    running = await prepared(slurmrestd, recording, "job_running")
+    assert not await client.exclude(running, frozenset({"n1"}), name="cp-set-1")
+    assert [one.method for one in slurmrestd.requests[asked:]] == ["GET", "GET", "POST", "GET"]
+
+
 @pytest.mark.recorded("ping", "submit_held", "submit_full")
 async def test_a_submit_has_the_shapes_that_this_release_has_taken(
     client: SlurmClient, slurmrestd: Slurmrestd, recording: Recording

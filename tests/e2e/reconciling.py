@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import httpx
 from prometheus_client import CollectorRegistry
@@ -20,6 +21,7 @@ from controlplane.demo.slurm_cluster import SlurmCluster
 from controlplane.metrics import ControlPlaneMetrics
 from controlplane.reconcile.actions import ActionOptions, Actor
 from controlplane.reconcile.endpoints import EndpointLoop, EndpointOptions
+from controlplane.reconcile.job_logs import JobLogLoop, JobLogOptions
 from controlplane.reconcile.loop import Loop, Runner, RunnerOptions
 from controlplane.reconcile.probe import ProbeLimits
 from controlplane.reconcile.replicas import ReplicaLoop, ReplicaOptions
@@ -38,6 +40,9 @@ SPEC = ReplicaSetSpec(
     start_timeout_seconds=60,
     drain_timeout_seconds=20,
 )
+
+
+RULES = PlanRules(drain_settle=timedelta(seconds=2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +97,8 @@ async def reconciling(
     orphan_grace: timedelta = timedelta(minutes=5),
     submit_grace_seconds: float | None = None,
     token_timeout_seconds: float = 10,
+    rules: PlanRules = RULES,
+    templates: tuple[Path, ...] = (),
 ) -> AsyncIterator[Reconciling]:
     """Run the reconciler until the block ends; then every job that is left is cancelled.
 
@@ -113,15 +120,21 @@ async def reconciling(
         async with db.connection() as connection:  # test databases are copies; on one Slurm they are installations
             await connection.execute("UPDATE installation SET instance_id = DEFAULT")
         instance_id = await slurm_jobs.instance_id(db)
-        actions = ActionOptions(slurm.jobs_directory, ScriptOptions(shutdown_timeout_seconds=5), instance_id)
+        scripts = ScriptOptions(templates, shutdown_timeout_seconds=5)
+        actions = ActionOptions(slurm.jobs_directory, scripts, instance_id)
         # no seed: it draws ports, and another session of tests may run beside this one
         actor = Actor(db, client, actions, utc_now, random.Random())
-        settle = PlanRules(drain_settle=timedelta(seconds=2))
-        rules = ReplicaOptions(instance_id, interval_seconds=0.3, orphan_grace=orphan_grace, rules=settle)
+        options_of_rounds = ReplicaOptions(
+            instance_id,
+            interval_seconds=0.3,
+            orphan_grace=orphan_grace,
+            rules=rules,
+        )
         limits = ProbeLimits(token_timeout_seconds=token_timeout_seconds)
         looking = EndpointOptions(interval_seconds=0.3, ready_interval_seconds=0.3, limits=limits)
         probing = EndpointLoop(db, looking, utc_now, http)
-        loops: list[Loop] = [ReplicaLoop(db, client, actor, rules, metrics, utc_now), probing]
+        logs = JobLogLoop(db, JobLogOptions(slurm.jobs_directory, interval_seconds=0.3))
+        loops: list[Loop] = [ReplicaLoop(db, client, actor, options_of_rounds, metrics, utc_now), probing, logs]
         running = asyncio.create_task(Runner(db, loops, RunnerOptions("test"), metrics, utc_now).run())
         seen = Reconciling(db, slurm, client, instance_id, calls)
         try:

@@ -29,10 +29,10 @@ from tests.integration.lives import fires, job, whole_life
 T = TypeVar("T")
 
 NOWHERE = "postgresql://someone:hunter2@127.0.0.1:1/nothing"
-NOUNS = ("replica-sets", "replicas", "endpoints", "alerts", "decisions", "audit")
+NOUNS = ("replica-sets", "replicas", "endpoints", "alerts", "decisions", "audit", "nodes")
 VERBS: tuple[str, ...]
 VERBS = ("serve", "migrate", "apply", "get", "scale", "pause", "resume", "drain", "undrain", "cancel", "check", "demo")
-VERBS += ("why", "keys create", "keys list", "keys revoke")
+VERBS += ("freeze", "unfreeze", "why", "keys create", "keys list", "keys revoke", "nodes drain", "nodes undrain")
 OFFICE_BOX = """
 replica_sets:
   - name: office-box
@@ -238,6 +238,41 @@ def test_pause_and_resume(run: Callable[..., Result], database_url: str) -> None
         refused = run("pause", "a", "--until", text)
         assert refused.exit_code == 2
         assert "--until" in refused.stderr
+
+
+def test_a_count_is_pinned_and_said_to_be(run: Callable[..., Result], database_url: str) -> None:
+    with_db(database_url, a_set)
+    end = "2099-01-31T19:00+01:00"
+    pinned = "a: 3 wanted, bounds 0 to 4; pinned until 2099-01-31 18:00 UTC"
+    assert run("scale", "a", "3", "--until", end, "--dry-run").output == f"{pinned} (dry run: nothing was changed)\n"
+    assert run("scale", "a", "3", "--until", end).output == f"{pinned}\n"
+    assert "pinned at 3 until 2099-01-31 18:00 UTC" in run("get", "replica-sets").output
+    assert run("scale", "a", "--max", "8", "--until", "2h").output.startswith("a: 3 wanted, bounds 0 to 8; pinned")
+    assert run("scale", "a", "2").output == "a: 2 wanted, bounds 0 to 8\n"
+    assert "operator's bounds until 20" in run("get", "replica-sets").output
+    assert run("scale", "a", "2", "--replicas", "2").exit_code == 2
+    assert run("scale", "a", "--until", "2h").exit_code == 2
+    assert "until: must be in the future" in one_sentence(run("scale", "a", "2", "--until", "2020-01-01T00:00Z"))
+
+
+def test_freezing_one_set_and_all(run: Callable[..., Result], database_url: str) -> None:
+    with_db(database_url, a_set)
+    assert "automatic" in run("get", "replica-sets").output
+    frozen = run("freeze", "a", "--until", "2099-01-31T18:00Z", "--reason", "demo")
+    assert frozen.output == "a: 0 wanted, bounds 0 to 4; frozen until 2099-01-31 18:00 UTC\n"
+    assert run("freeze", "--all", "--dry-run").output.startswith("all sets: frozen until unfrozen (dry run")
+    assert run("freeze", "--all").output == "all sets: frozen until unfrozen\n"
+    assert "frozen until 2099-01-31 18:00 UTC, frozen with all" in run("get", "replica-sets").output
+    assert run("unfreeze", "--all").output == "all sets: not frozen, but for a, by a freeze of its own\n"
+    run("freeze", "--all")
+    assert run("unfreeze", "a").output == "a: 0 wanted, bounds 0 to 4; all sets are frozen until unfrozen\n"
+    assert run("unfreeze", "--all").output == "all sets: not frozen\n"
+    assert "automatic" in run("get", "replica-sets").output
+    for wrong in (("freeze",), ("freeze", "a", "--all"), ("unfreeze",), ("unfreeze", "a", "--all")):
+        assert run(*wrong).exit_code == 2
+    assert "there is no replica set 'b'" in one_sentence(run("freeze", "b"))
+    [newest, *_] = with_db(database_url, decisions.load_newest)
+    assert newest.actor.startswith("cli:")
 
 
 # --- replicas --------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ SECRET = "x" * 32  # of every replica made by db_rows
 async def rig(shared_url: str) -> AsyncIterator[WebRig]:
     async with opened(shared_url) as db:
         async with db.connection() as connection:
-            await connection.execute("TRUNCATE alerts, replica_sets CASCADE")
+            await connection.execute("TRUNCATE alerts, replica_sets, freezes CASCADE")
         yield WebRig(db)
 
 
@@ -44,16 +44,22 @@ SLURM_SET = {
     "max_replicas": 4,
     "slurm": {"time_limit_seconds": 3600},
 }
-READS = ["replica-sets", "replicas", "endpoints", "alerts", "decisions", "audit"]
+READS = ["replica-sets", "replicas", "endpoints", "alerts", "decisions", "audit", "nodes"]
 STORIES = ["replica-sets/a/why", "replicas/cp-a-1/why", "slurm-jobs/1/why"]
 VERBS = [
     ("PUT", "replica-sets/a"),
     ("POST", "replica-sets/a/scale"),
     ("POST", "replica-sets/a/pause"),
     ("POST", "replica-sets/a/resume"),
+    ("POST", "replica-sets/a/freeze"),
+    ("POST", "replica-sets/a/unfreeze"),
+    ("POST", "freeze"),
+    ("POST", "unfreeze"),
     ("POST", "replicas/cp-a-1/drain"),
     ("POST", "replicas/cp-a-1/undrain"),
     ("POST", "replicas/cp-a-1/cancel"),
+    ("POST", "nodes/n1/drain"),
+    ("POST", "nodes/n1/undrain"),
 ]
 
 
@@ -266,7 +272,11 @@ async def test_scaling_is_done_once_and_explained(rig: WebRig) -> None:
         ("scale", {"replicas": -1}, "replicas"),
         ("scale", {"replicas": 10**12}, "replicas"),
         ("scale", {"min_replicas": 9}, "max_replicas"),
-        ("scale", {"replicas": 1, "until": "2026-02-01T00:00:00Z"}, "until"),
+        ("scale", {"replicas": 1, "until": "2025-02-01T00:00:00Z"}, "until"),
+        ("scale", {"until": "2026-02-01T00:00:00Z"}, "replicas"),
+        ("freeze", {"until": "2025-01-01T00:00:00Z"}, "until"),
+        ("freeze", {"because": "x"}, "because"),
+        ("unfreeze", {"reason": "x"}, "reason"),
         ("scale", {"replicas": 1, "reason": "a\nb"}, "reason"),
         ("pause", {"until": "2025-01-01T00:00:00Z"}, "until"),
         ("pause", {"until": "2027-01-01T00:00:00"}, "until"),
@@ -303,6 +313,54 @@ async def test_a_pause_and_its_end(rig: WebRig) -> None:
     for changed in (True, False):
         answer = await rig.ask("POST", "/api/v1/replica-sets/a/resume")
         assert (answer.json()["changed"], answer.json()["replica_set"]["is_paused"]) == (changed, False)
+
+
+async def test_a_count_is_pinned_until_its_end(rig: WebRig) -> None:
+    await make_set(rig.db)
+    order = {"replicas": 3, "until": "2026-01-02T00:00:00+01:00", "reason": "demo"}
+    pin = {"replicas": 3, "until": "2026-01-01T23:00:00+00:00", "actor": "ann", "reason": "demo"}
+    for query, changed in (("?dry_run=true", True), ("", True), ("", False)):
+        answer = await rig.ask("POST", f"/api/v1/replica-sets/a/scale{query}", order)
+        assert (answer.json()["changed"], answer.json()["replica_set"]["pin"]) == (changed, pin)
+    answer = await rig.ask("POST", "/api/v1/replica-sets/a/scale", {"max_replicas": 8, "until": order["until"]})
+    bounds = {"min_replicas": None, "max_replicas": 8, "until": pin["until"]}
+    assert answer.json()["replica_set"]["operator_bounds"] == bounds
+    [shown] = (await rig.ask("GET", "/api/v1/replica-sets")).json()["replica_sets"]
+    assert (shown["pin"], shown["operator_bounds"], shown["open_schedules"]) == (pin, bounds, [])
+
+
+async def test_a_set_and_all_sets_are_frozen_and_unfrozen(rig: WebRig) -> None:
+    await make_set(rig.db)
+    order = {"reason": "incident", "until": "2026-01-02T00:00:00Z"}
+    said = {"actor": "ann", "reason": "incident", "since": NOW.isoformat(), "until": "2026-01-02T00:00:00+00:00"}
+    for query, changed in (("?dry_run=true", True), ("", True), ("", False)):
+        own = (await rig.ask("POST", f"/api/v1/replica-sets/a/freeze{query}", order)).json()
+        assert (own["changed"], own["replica_set"]["freezes"][0]) == (changed, {"is_of_all": False, **said})
+        of_all = (await rig.ask("POST", f"/api/v1/freeze{query}", order)).json()
+        assert (of_all["changed"], of_all["freeze"]) == (changed, {"is_of_all": True, **said})
+    [shown] = (await rig.ask("GET", "/api/v1/replica-sets")).json()["replica_sets"]
+    assert [one["is_of_all"] for one in shown["freezes"]] == [False, True]
+    assert (await rig.ask("POST", "/api/v1/freeze", {"until": "2025-01-01T00:00:00Z"})).status_code == 400
+    for query, changed in (("?dry_run=true", True), ("", True), ("", False)):
+        assert (await rig.ask("POST", f"/api/v1/replica-sets/a/unfreeze{query}")).json()["changed"] is changed
+        assert (await rig.ask("POST", f"/api/v1/unfreeze{query}")).json()["changed"] is changed
+    assert {one.actor for one in await decisions.load_newest(rig.db)} == {"ann", "test"}
+    assert (await replica_sets.load(rig.db, "a")).freezes == ()
+
+
+async def test_a_spec_with_policies_and_schedules_is_shown_as_it_can_be_applied_again(rig: WebRig) -> None:
+    policy = {"type": "Percent", "value": 50, "period_seconds": 60}
+    night = {"name": "night", "cron": "0 22 * * *", "time_zone": "Europe/Berlin", "duration_seconds": 60}
+    scaling = {
+        "mode": "advisory",
+        "scale_up": {"policies": [policy], "select_policy": "Min"},
+        "schedules": [{**night, "max_replicas": 1}],
+    }
+    answer = await rig.ask("PUT", "/api/v1/replica-sets/a", {**SLURM_SET, **scaling})
+    shown = answer.json()["spec"]
+    assert (shown["mode"], shown["scale_up"]["policies"]) == ("advisory", [policy])
+    again = await rig.ask("PUT", "/api/v1/replica-sets/a", shown | {"endpoints": []})
+    assert (again.status_code, again.json()["changed"]) == (200, False)
 
 
 async def test_a_replica_is_drained_brought_back_and_cancelled(rig: WebRig) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from enum import Enum, auto
 from random import Random
 
@@ -76,6 +76,7 @@ class SmallWorld:
         self.strange: set[int] = set()  # jobs that Slurm shows in a state of which nobody has heard
         self.frozen: set[int] = set()  # jobs whose engine answers no more
         self.in_flight: dict[str, int] = {}  # requests, by replica name
+        self.drained: dict[str, datetime] = {}  # nodes that jobs are kept off, since when
         self.late: list[str] = []  # names for which a job may still be made
         self.asleep: list[list[Action]] = []  # decided by processes that have not acted yet
         self.effects_left: int | None = None
@@ -184,14 +185,33 @@ class SmallWorld:
 
     def scene(self) -> Scene:
         ends_at = {job.name: job.ends_at for job in self.jobs.values() if job.ends_at is not None}
-        return Scene(self.replica_set, tuple(self.live()), self.endpoints, tuple(self.past), ends_at, frozenset())
+        return Scene(
+            self.replica_set,
+            tuple(self.live()),
+            self.endpoints,
+            tuple(self.past),
+            ends_at,
+            frozenset(),
+            to_vacate=self._to_vacate(),
+        )
+
+    def _to_vacate(self) -> dict[str, datetime]:
+        """Where Slurm is not seen, what left a drained node goes on to, and nobody else begins."""
+        found: dict[str, datetime] = {}
+        for one in self.live():
+            job = None if self.is_blind else job_of(one, self._shown())
+            if job is not None and job.nodes in self.drained:
+                found[one.name] = self.drained[job.nodes]
+            elif job is None and one.reason is Reason.NODE_DRAINED:
+                found[one.name] = one.phase_since
+        return found
 
     def _carry_out(self, actions: Iterable[Action]) -> None:
         calls: list[Submit | Release | CancelJob] = []
         for action in actions:
             match action:
                 case Create():
-                    if (fresh := self._create()) is not None:
+                    if (fresh := self._create(action.beside)) is not None:
                         calls.append(Submit(fresh))
                 case Move():
                     self._move(action)
@@ -233,9 +253,10 @@ class SmallWorld:
     def live(self) -> list[Replica]:
         return [replica for replica in self.replicas.values() if replica.phase is not Phase.ENDED]
 
-    def _create(self) -> Replica | None:
+    def _create(self, beside: Sequence[str]) -> Replica | None:
         wanted = self.replica_set
-        existing = sum(one.exists and one.spec_hash == wanted.spec_hash for one in self.live())
+        counted = (one for one in self.live() if one.spec_hash == wanted.spec_hash and one.name not in beside)
+        existing = sum(one.exists for one in counted)
         if (
             wanted.is_paused
             or existing >= wanted.max_replicas
@@ -293,7 +314,7 @@ class SmallWorld:
         assert ended.reason is not None
         endpoint = self.endpoints.get(ended.name)
         was_ready = endpoint is not None and endpoint.first_ready_at is not None
-        past = PastReplica(ended.name, "s", ended.spec_hash, ended.reason, None, self.now, was_ready)
+        past = PastReplica(ended.name, "s", ended.spec_hash, ended.reason, None, self.now, was_ready, ended.created_at)
         self.past = [past, *self.past][:_PAST_KEPT]
 
     # --- Slurm, as called ------------------------------------------------------------------------------------
@@ -339,9 +360,10 @@ class SmallWorld:
         self.now += timedelta(seconds=seconds)
 
     def start(self, job: SlurmJob) -> None:
-        """On another node each time; Slurm never starts what is held."""
+        """On another node each time, and none that jobs are kept off; Slurm never starts what is held."""
         assert not job.is_held
         node = f"n{job.restart_count}"
+        node = "m" if node in self.drained else node
         self.jobs[job.job_id] = replace(job, state=JobState.RUNNING, started_at=self.now, nodes=node)
 
     def end(self, job: SlurmJob, state: JobState) -> None:
@@ -410,6 +432,10 @@ class SmallWorld:
         bounded = min(desired, max_replicas)
         self.replica_set = replace(self.replica_set, desired_replicas=bounded, max_replicas=max_replicas)
 
+    def drain_node(self, node: str | None) -> None:
+        """Keep jobs off this node, and let them use every other one."""
+        self.drained = {} if node is None else {node: self.drained.get(node, self.now)}
+
     def apply(self, spec: ReplicaSetSpec) -> None:
         self.replica_set = replace(self.replica_set, spec=spec, spec_hash=spec_hash(spec))
 
@@ -449,6 +475,7 @@ class SmallWorld:
             scene.is_serving(one) and self._answers_probes(one) and one.spec_hash == self.replica_set.spec_hash
             for one in live
         )
+        is_as_wanted = is_as_wanted and not self._to_vacate()
         jobs = {job.job_id for job in self.jobs.values() if not job.is_over}
         return is_as_wanted and jobs == {one.slurm_job_id for one in live}
 
@@ -482,7 +509,9 @@ class SmallWorld:
         """What a fresh plan asks for stays within the bounds, and condemns nobody who was not looked at."""
         wanted, live = self.replica_set, len(self.live())
         leaves = {action.replica.id for action in actions if isinstance(action, Move) and action.to in _LEAVING}
-        stays = sum(one.exists and one.spec_hash == wanted.spec_hash and one.id not in leaves for one in self.live())
+        vacating = self._to_vacate()  # their successors start beside them
+        staying = (one for one in self.live() if one.id not in leaves and one.name not in vacating)
+        stays = sum(one.exists and one.spec_hash == wanted.spec_hash for one in staying)
         creates = sum(isinstance(action, Create) for action in actions)
         returns = sum(isinstance(action, Move) and action.to is Phase.RUNNING for action in actions)
         if creates:

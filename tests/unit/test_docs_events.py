@@ -27,14 +27,22 @@ ELSEWHERE: dict[tuple[str, str], tuple[str, ...]] = {
     ("reconcile/loop.py", "sentence"): ("<what the round did>",),
     ("reconcile/replicas.py", "message"): (
         "<> failed starts in a row; next try at <>: <>",
+        "<> jobs in a row lost soon; next try at <>: <>",
+        "an alert asks to drain it, and that is no node's name",
+        "it is marked, and Slurm knows no node of that name",
+        "Slurm's nodes are not known, so marks cannot be kept: <>",
+        "not kept out, or too few would be left for <>: <>",
+        "every node is kept out, so nothing is submitted for <>",
         "<> is an orphan: no replica stands for it",
         "no usable answer, so nothing is submitted or cancelled: <>",
+        "schedule <> is not followed: <>, <>: <>",
     ),
     ("reconcile/endpoints.py", "sentence"): ("endpoint is ready", "endpoint fails"),
     ("reconcile/actions.py", "f'{_words(call)} failed; trying again'"): (
         "submit of <> failed; trying again",
         "release of <> failed; trying again",
         "cancel of job <> failed; trying again",
+        "exclusion of nodes for <> failed; trying again",
     ),
 }
 """Sentences that a variable holds where they are logged: by file and expression."""
@@ -133,7 +141,15 @@ def test_every_event_is_listed_with_its_level_and_fields_and_no_other() -> None:
 
 
 def test_sentences_that_a_variable_holds_are_still_made_in_their_file() -> None:
-    rooms = {"reconcile/replicas.py": ("reconcile/replicas.py", "core/planning.py")}
+    rooms = {
+        "reconcile/replicas.py": (
+            "reconcile/replicas.py",
+            "reconcile/nodes.py",
+            "reconcile/schedules.py",
+            "core/back_off.py",
+            "core/planning.py",
+        )
+    }
     for (file, _), held in ELSEWHERE.items():
         source = "".join((PACKAGE / one).read_text() for one in rooms.get(file, (file,)))
         for sentence in held:

@@ -90,6 +90,13 @@ class Lives(RuleBasedStateMachine):
             self.world.requeue(job)
 
     @rule(pick=PICKS)
+    def a_job_is_started_a_second_time_unseen(self, pick: int) -> None:
+        if (job := self.job(pick, JobState.RUNNING)) is not None:
+            self.world.pass_seconds(1)
+            self.world.requeue(job)
+            self.world.start(self.world.jobs[job.job_id])
+
+    @rule(pick=PICKS)
     def slurm_forgets_a_job(self, pick: int) -> None:
         if jobs := self.world.some_jobs(JobState.PENDING, *OVER_STATES):
             self.world.forget(jobs[pick % len(jobs)])
@@ -137,6 +144,10 @@ class Lives(RuleBasedStateMachine):
     @rule()
     def an_operator_pauses_or_resumes(self) -> None:
         self.world.replica_set = replace(self.world.replica_set, is_paused=not self.world.replica_set.is_paused)
+
+    @rule(node=st.sampled_from(["n0", "m", None]))
+    def an_operator_drains_a_node_or_none(self, node: str | None) -> None:
+        self.world.drain_node(node)
 
     @rule(pick=PICKS, verb=st.sampled_from(Verb))
     def an_operator_speaks_to_a_replica(self, pick: int, verb: Verb) -> None:
@@ -195,6 +206,31 @@ def test_a_roll_never_costs_more_than_the_surge_lacks(
         if world.is_settled():
             break
     assert world.is_settled(), world.described()
+
+
+@ALIKE
+@given(
+    target=st.integers(1, 4),
+    surge=st.integers(0, 2),
+    is_full=st.booleans(),
+    seed=SEEDS,
+    cuts=st.lists(st.none() | st.integers(0, 3), max_size=20),
+)
+def test_a_drained_node_is_left_and_costs_no_more_than_the_surge_lacks(
+    target: int, surge: int, is_full: bool, seed: int, cuts: list[int | None]
+) -> None:
+    rng = Random(seed)
+    world = SmallWorld(a_set(target, spec=a_spec(max_replicas=target if is_full else target + 1, surge=surge)))
+    settles(world, rng)
+    world.drain_node("n0")
+    has_room = surge > 0 or not is_full
+    for _ in range(ROUNDS_TO_SETTLE):
+        world.calm_tick(rng, cut_after=cuts.pop() if cuts else None)
+        assert world.serving() >= target - (0 if has_room else 1), world.described()
+        if world.is_settled():
+            break
+    assert world.is_settled(), world.described()
+    assert {job.nodes for job in world.some_jobs(JobState.RUNNING)} == {"m"}
 
 
 # --- alerts ------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime, timedelta
 
 import pytest
@@ -232,3 +233,23 @@ def test_a_job_of_another_replica_is_no_twin() -> None:
         twins_of(replica, [a_job(replica, JobState.RUNNING), a_job(a_replica(11, Phase.RUNNING), JobState.RUNNING)])
         == []
     )
+
+
+@pytest.mark.parametrize(("phase", "to"), [(Phase.RUNNING, Phase.QUEUED), (Phase.DRAINING, Phase.STOPPING)])
+def test_a_job_that_was_started_again_between_two_looks_is_trusted_no_more(phase: Phase, to: Phase) -> None:
+    """What answers may be the old process on another node, which has the same secret."""
+    replica = a_replica(1, phase, running_since=ago(60))
+    again = a_job(replica, JobState.RUNNING, started_at=ago(5), restart_count=0)
+    moved = step(replica, again)
+    assert moved is not None
+    assert moved.to is to
+    assert step(replica, replace(again, started_at=ago(60))) is None
+    assert step(replica, replace(again, started_at=ago(61))) is None
+    assert step(replica, replace(again, started_at=None)) is None
+
+
+def test_a_job_that_was_started_again_runs_anew_in_the_same_round() -> None:
+    queued = a_replica(1, Phase.QUEUED)
+    moved = step(queued, a_job(queued, JobState.RUNNING, started_at=ago(5)))
+    assert moved is not None
+    assert (moved.to, moved.running_since) == (Phase.RUNNING, ago(5))

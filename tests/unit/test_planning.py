@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 
+from controlplane.core.back_off import explained
 from controlplane.core.planning import PlanRules, Scene, back_off, idle_since, let_go, plan
 from controlplane.core.types import (
     Action,
     Create,
+    Decision,
+    DecisionReason,
     Endpoint,
     Health,
     Move,
@@ -404,7 +407,52 @@ def failed(*ages: float, reason: Reason = Reason.CRASHED) -> list[PastReplica]:
 )
 def test_failed_starts_in_a_row_double_the_pause(past: list[PastReplica], failures: int, pause: int | None) -> None:
     resumes_at = None if pause is None else ago(5) + timedelta(seconds=pause)
-    assert back_off(a_scene(a_set(1), [], past=past), RULES) == (failures, resumes_at)
+    found = back_off(a_scene(a_set(1), [], past=past), RULES)
+    assert (found.failures if found else 0, found.next_try_at if found else None) == (failures, resumes_at)
+
+
+def taken(age: float, life: float = 60, reason: Reason = Reason.PREEMPTED) -> PastReplica:
+    return replace(a_past(reason, ago(age)), created_at=ago(age + life))
+
+
+@pytest.mark.parametrize(
+    ("past", "times", "pause"),
+    [
+        ([taken(5)], 0, None),  # once is an accident
+        ([taken(5), taken(90)], 2, 10),
+        ([taken(5, reason=Reason.NODE_FAIL), taken(90), taken(200)], 3, 20),
+        ([taken(5), taken(6), taken(7)], 0, None),  # three that went together
+        ([taken(5), taken(6), taken(90), taken(91)], 2, 10),
+        ([taken(5), taken(90, life=3600)], 0, None),  # the one before had lived long
+        ([taken(5), a_past(Reason.SCALED_DOWN, ago(70)), taken(90)], 0, None),
+        ([taken(5), taken(90), *failed(200)], 1, 10),  # it says nothing about the start that failed before
+    ],
+)
+def test_jobs_taken_away_again_and_again_are_replaced_more_and_more_slowly(
+    past: list[PastReplica], times: int, pause: int | None
+) -> None:
+    found = back_off(a_scene(a_set(1), [], past=past), RULES)
+    assert (found.failures if found else 0) == times
+    if found is not None:
+        assert pause is not None
+        assert found.next_try_at == found.newest.ended_at + timedelta(seconds=pause)
+
+
+def test_what_an_operator_forgave_is_tried_again_at_once() -> None:
+    scene = replace(a_scene(a_set(1), [], past=failed(5, 20)), forgiven_at=ago(4))
+    assert said(scene) == ["create"]
+    assert back_off(replace(scene, forgiven_at=ago(10)), RULES) is not None
+
+
+def test_a_steady_decision_says_that_the_set_backs_off() -> None:
+    pause = back_off(a_scene(a_set(1), [], past=failed(5, 20)), RULES)
+    steady = Decision("s", 1, 1, DecisionReason.STEADY, "no alert presses")
+    told = explained(steady, pause)
+    assert (told.reason, told.desired) == (DecisionReason.BACKING_OFF, 1)
+    assert told.explanation == "2 failed starts in a row; next try at 12:00:15: it said why"
+    moving = replace(steady, desired=2, reason=DecisionReason.SCALED_UP)
+    assert explained(moving, pause) == moving
+    assert explained(steady, None) == steady
 
 
 def test_nothing_is_created_while_backing_off_and_the_operator_is_told() -> None:
@@ -487,6 +535,42 @@ def test_a_set_scaled_to_nothing_while_rolling_is_scaled_down() -> None:
 
 def test_a_predecessor_too_many_is_let_go_without_waiting() -> None:
     assert said(a_scene(a_set(1), old(RUNNING, 1, 2, 3))) == ["3 DRAINING ROLLED", "2 DRAINING ROLLED", "create"]
+
+
+# --- nodes that are drained --------------------------------------------------------------------------------
+
+
+def vacating(scene: Scene, *names: str, since: float = 10) -> Scene:
+    return replace(scene, to_vacate={name: ago(since) for name in names})
+
+
+def test_a_replica_on_a_drained_node_leaves_when_its_successor_serves() -> None:
+    first, second, third = many(RUNNING, 1, 2, 3)
+    scene = vacating(a_scene(a_set(2), [first, second]), first.name)
+    assert planned(scene) == [Create("s", beside=(first.name,))]
+    assert said(vacating(a_scene(a_set(2), [first, second, third], [starting(third)]), first.name)) == []
+    assert said(vacating(a_scene(a_set(2), [first, second, third]), first.name)) == ["1 DRAINING NODE_DRAINED"]
+
+
+def test_what_serves_nobody_on_a_drained_node_leaves_at_once() -> None:
+    first, second = many(RUNNING, 1, 2)
+    scene = vacating(a_scene(a_set(2), [first, second], [starting(first)]), first.name)
+    assert said(scene) == ["1 DRAINING NODE_DRAINED", "create"]
+
+
+def test_a_drained_node_is_not_waited_for_longer_than_a_start_may_take() -> None:
+    (first,) = many(RUNNING, 1)
+    budget = first.spec.start_timeout_seconds
+    waiting = a_scene(a_set(1), [first, *many(QUEUED, 2)])
+    assert said(vacating(waiting, first.name, since=budget)) == []
+    assert said(vacating(waiting, first.name, since=budget + 1)) == ["1 DRAINING NODE_DRAINED"]
+
+
+def test_a_drain_is_undone_with_its_nodes() -> None:
+    leaving = a_replica(1, DRAINING, reason=Reason.NODE_DRAINED)
+    scene = a_scene(a_set(1), [leaving], [an_endpoint(leaving, running=1)])
+    assert said(scene) == ["1 RUNNING"]
+    assert said(vacating(scene, leaving.name)) == ["create"]
 
 
 def test_when_no_replica_can_be_seen_to_serve_only_one_at_a_time_is_condemned() -> None:

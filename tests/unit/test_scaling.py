@@ -101,6 +101,9 @@ def test_each_situation_has_one_decision(
 
 def test_every_reason_is_tested() -> None:
     elsewhere = {DecisionReason.STARTING, DecisionReason.OPERATOR}  # below; and never decided, only recorded
+    elsewhere |= {DecisionReason.LIMITED, DecisionReason.DISABLED}  # test_policies
+    elsewhere |= {DecisionReason.SCHEDULED, DecisionReason.PINNED, DecisionReason.FROZEN}  # test_steering
+    elsewhere |= {DecisionReason.BACKING_OFF}  # with the back-off
     assert {reason for reason, *_ in EVERY_REASON} | elsewhere == set(DecisionReason)
 
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from controlplane.core.nodes import SlurmNode
 from controlplane.core.types import JobState, SlurmJob, SlurmResources
 from controlplane.slurm.errors import (
     SlurmAmbiguous,
@@ -20,7 +21,7 @@ from controlplane.slurm.errors import (
 )
 from controlplane.slurm.faults import judge
 from controlplane.slurm.transport import Answer
-from controlplane.slurm.wire import DIALECTS, JobRequest, read_jobs, write_submit
+from controlplane.slurm.wire import DIALECTS, JobRequest, read_jobs, read_nodes, write_exclusion, write_submit
 
 OLD = DIALECTS["v0.0.38"]
 NEW = DIALECTS["v0.0.42"]
@@ -200,3 +201,42 @@ def test_foreign_text_is_short_and_on_one_line(text: str) -> None:
     shown = foreign_text(text)
     assert len(shown) <= 256
     assert shown.isprintable()
+
+
+def test_excluded_nodes_have_the_name_and_shape_that_each_release_takes() -> None:
+    """Tried on 22.05.8 and 24.11.5. Any other is refused by the one, and dropped by the other with a remark."""
+    nodes = frozenset({"n2", "n1"})
+    assert write_exclusion(nodes, OLD) == {"exclude_nodes": "n1,n2"}
+    assert write_exclusion(nodes, NEW) == {"excluded_nodes": ["n1", "n2"]}
+    # of a list without names later releases change nothing
+    assert write_exclusion(frozenset(), OLD) == {"exclude_nodes": ""}
+    assert write_exclusion(frozenset(), NEW) == {"excluded_nodes": ""}
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_usable"),
+    [
+        ({"state": "idle", "state_flags": []}, True),
+        ({"state": "mixed", "state_flags": ["DRAIN"]}, False),
+        ({"state": "down", "state_flags": ["NOT_RESPONDING"]}, False),
+        ({"state": ["MIXED", "PLANNED"]}, True),
+        ({"state": ["IDLE", "POWERED_DOWN"]}, True),  # Slurm wakes it for a job
+        ({"state": ["IDLE", "DRAIN"]}, False),
+        ({"state": ["IDLE", "NOT_RESPONDING"]}, False),
+        ({"state": []}, False),
+        ({}, False),
+    ],
+)
+def test_a_node_is_usable_if_slurm_would_start_a_job_there(fields: dict[str, Any], is_usable: bool) -> None:
+    entry = {"name": "n1", "partitions": ["gpu"], "active_features": "a100,ib", **fields}
+    (node,) = read_nodes(Answer(200, {"nodes": [entry]}))
+    assert node == SlurmNode("n1", frozenset({"gpu"}), frozenset({"a100", "ib"}), is_usable)
+
+
+@given(SCALARS | st.lists(ANYTHING, max_size=3))
+def test_a_list_of_nodes_is_read_or_refused(entries: Any) -> None:
+    try:
+        nodes = read_nodes(Answer(200, {"nodes": entries}))
+    except SlurmProtocolError:
+        return
+    assert len(nodes) == len(entries)

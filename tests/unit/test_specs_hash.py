@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 
 from controlplane.core.specs import spec_hash
-from controlplane.core.types import ExternalEndpoint, ReplicaSetSpec, ScaleDown, ScaleUp, SlurmResources, VllmOptions
+from controlplane.core.types import (
+    ExternalEndpoint,
+    Mode,
+    ReplicaSetSpec,
+    ScaleDown,
+    ScaleUp,
+    Schedule,
+    SlurmResources,
+    VllmOptions,
+)
 from tests.unit.worlds import a_spec
 
 NEEDS_A_NEW_JOB: dict[str, Any] = {
@@ -30,6 +39,8 @@ LEAVES_JOBS_ALONE: dict[str, Any] = {
     "start_timeout_seconds": 1,
     "drain_timeout_seconds": 1,
     "unhealthy_timeout_seconds": 1,
+    "mode": Mode.ADVISORY,
+    "schedules": (Schedule("night", "0 22 * * *", 3600, min_replicas=0),),
 }
 
 
