@@ -10,10 +10,10 @@ SYSTEM_PYTHON = $(shell for python in /usr/bin/python3 python3; do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench-webhooks check lock clean packages python
+.PHONY: help setup demo test test-slurm-matrix kill-rounds bench-webhooks check lock clean packages python
 
 help: ## say what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: packages $(INSTALLED) ## install Debian's packages and Python's into .venv, as far as they are missing
 
@@ -22,6 +22,14 @@ demo: setup ## show the whole loop on this machine: an alert, Slurm jobs, reques
 
 test: setup ## run all tests, on real PostgreSQL, Slurm, Prometheus and Alertmanager
 	@$(VENV)/bin/pytest
+
+test-slurm-matrix: setup ## run the tests that talk to Slurm on three releases of it; fetches two from Debian once
+	@$(PYTHON) -m tests.e2e.slurm_matrix
+
+ROUNDS := 100
+SEED :=
+kill-rounds: setup ## kill the control plane ROUNDS times at random moments; SEED repeats a run
+	@$(PYTHON) -m tests.e2e.kill_rounds --rounds $(ROUNDS) $(if $(SEED),--seed $(SEED))
 
 bench-webhooks: setup ## offer 1,000 webhook posts a second for 10 s, and look for each accepted one in the database
 	@$(PYTHON) -m tests.benchmarks.webhooks

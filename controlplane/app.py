@@ -211,8 +211,11 @@ def stale_after(settings: Settings) -> timedelta:
 
 
 def replica_options(settings: Settings, instance_id: str) -> ReplicaOptions:
-    # a proxy that an announcement does not reach hears of a drain by its next full read
-    drain_settle = timedelta(seconds=settings.proxy.refresh_seconds) + _READ_TIME
+    # a proxy that an announcement does not reach hears of a drain by its next full read, and what it chose just before
+    # may still have to connect
+    drain_settle = (
+        timedelta(seconds=settings.proxy.refresh_seconds + settings.proxy.connect_timeout_seconds) + _READ_TIME
+    )
     return ReplicaOptions(
         instance_id,
         interval_seconds=settings.reconcile.interval_seconds,

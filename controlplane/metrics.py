@@ -57,6 +57,12 @@ class ControlPlaneMetrics:
         self.round_failures = Counter(
             "controlplane_round_failures", "Rounds that ended with an error", ["loop"], registry=registry
         )
+        self.requests_cut = Counter(
+            "controlplane_requests_cut",
+            "Requests in flight at a replica when the deadline of its drain passed",
+            ["replica_set"],
+            registry=registry,
+        )
         self.lease_held = Gauge("controlplane_lease_held", "1: this process reconciles", registry=registry)
 
 

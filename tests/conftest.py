@@ -73,7 +73,7 @@ def session_directory() -> Iterator[Path]:
     with claim(directory):
         directory.chmod(0o755)
         yield directory
-    shutil.rmtree(directory)
+    shutil.rmtree(directory, ignore_errors=True)  # a session that has just begun may be at it as well
 
 
 @pytest.fixture(scope="session")

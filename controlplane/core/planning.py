@@ -35,11 +35,12 @@ from controlplane.core.types import (
 
 _LEAVING_ORDER = (Phase.PENDING, Phase.SUBMITTING, Phase.QUEUED, Phase.RUNNING)
 _NO_KNOWN_END = datetime.max.replace(tzinfo=UTC)
+_QUIET = timedelta(seconds=1)  # between two looks that say idle: what has just come does not show at once
 
 
 @dataclass(frozen=True, slots=True)
 class PlanRules(BackOffRules):
-    drain_settle: timedelta = timedelta(seconds=12)  # proxies notice a drain within this, even one that is not told
+    drain_settle: timedelta = timedelta(seconds=14)  # proxies notice a drain within this, even one that is not told
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,13 +200,14 @@ def _drained(replica: Replica, endpoint: Endpoint | None, now: datetime) -> Move
     if endpoint is None or endpoint.first_ready_at is None:
         return Move(replica, Phase.STOPPING)  # it had never been given a request
     if now >= replica.drain_deadline:
-        left = "unknown" if endpoint.running is None else endpoint.running + (endpoint.waiting or 0)
-        return Move(replica, Phase.STOPPING, message=f"drain deadline reached; requests cut: {left}")
+        left = None if endpoint.running is None else endpoint.running + (endpoint.waiting or 0)
+        message = f"drain deadline reached; requests cut: {'unknown' if left is None else left}"
+        return Move(replica, Phase.STOPPING, message=message, cut_requests=left)
     is_said_twice = (
         replica.idle_since is not None
         and is_idle(endpoint)
         and endpoint.confirmed_at is not None
-        and endpoint.confirmed_at > replica.idle_since
+        and endpoint.confirmed_at >= replica.idle_since + _QUIET
     )
     return Move(replica, Phase.STOPPING, message="drained: no request was left") if is_said_twice else None
 

@@ -269,6 +269,7 @@ class Replica:
     running_since: datetime | None = None
     drain_deadline: datetime | None = None
     idle_since: datetime | None = None  # DRAINING only: since when the endpoint's metrics say idle
+    cut_requests: int | None = None  # in flight when its drain's deadline passed; None: it did not, or nobody knows
 
     @property
     def exists(self) -> bool:
@@ -536,6 +537,7 @@ class Move:
     slurm_job_id: int | None = None  # set: recorded with the move
     drain_deadline: datetime | None = None
     running_since: datetime | None = None
+    cut_requests: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,10 @@ async def load_live(db: Database) -> tuple[Endpoint, ...]:
 
 
 async def save(db: Database, endpoint: Endpoint, *, seen: Endpoint) -> None:
-    """Keep what a probe found, unless the endpoint has moved or got another key since the probe began."""
+    """Keep what a probe found, unless the endpoint was changed since the probe began: moved, distrusted, or probed.
+
+    A control plane that was stopped in the middle of a look must not tell later what it saw then.
+    """
     async with db.connection() as connection:
         await connection.execute(
             """
@@ -75,6 +78,7 @@ async def save(db: Database, endpoint: Endpoint, *, seen: Endpoint) -> None:
                SET health = %s, passes = %s, fails = %s, first_ready_at = %s, failing_since = %s, probed_at = %s,
                    confirmed_at = %s, running = %s, waiting = %s, generated_tokens = %s, message = %s
              WHERE id = %s AND url = %s AND api_key IS NOT DISTINCT FROM %s
+               AND health = %s AND passes = %s AND fails = %s AND probed_at IS NOT DISTINCT FROM %s
             """,
             (
                 endpoint.health,
@@ -91,6 +95,10 @@ async def save(db: Database, endpoint: Endpoint, *, seen: Endpoint) -> None:
                 endpoint.id,
                 seen.url,
                 seen.api_key,
+                seen.health,
+                seen.passes,
+                seen.fails,
+                seen.probed_at,
             ),
         )
 

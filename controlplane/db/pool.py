@@ -32,9 +32,14 @@ PULL_CHANNEL = "controlplane_pull"  # wakes the pull of alerts, which no other n
 ENDPOINTS_CHANNEL = "controlplane_endpoints"  # announced by the schema's triggers
 
 Connection = psycopg.AsyncConnection[DictRow]
+_TransactionLost = psycopg.errors.IdleInTransactionSessionTimeout
 
 # a host that is gone says nothing: without these a call to it would hang for a quarter of an hour, a listener for hours
 _LOST_HOST = {"tcp_user_timeout": 10_000, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 2}
+
+# a process that is stopped in the middle of a transaction keeps its locks, and everybody else from what they need; ours
+# take milliseconds between two statements
+_NO_FROZEN_LOCKS = "-c idle_in_transaction_session_timeout=5000"
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +138,7 @@ class Database:
             "row_factory": dict_row,
             "application_name": self._options.application_name,
             **_LOST_HOST,
-            "options": f"-c statement_timeout={milliseconds} -c timezone=UTC",
+            "options": f"-c statement_timeout={milliseconds} -c timezone=UTC {_NO_FROZEN_LOCKS}",
         }
 
 
@@ -166,7 +171,7 @@ def _break(connection: Connection) -> None:
 def _translation(error: psycopg.Error | OSError) -> DatabaseError:
     if isinstance(error, psycopg.errors.UniqueViolation):
         return Duplicate(error.diag.constraint_name or str(error))
-    if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError | OSError):
+    if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError | _TransactionLost | OSError):
         return DbUnavailable(_said(error))
     return DatabaseError(_said(error))
 

@@ -23,7 +23,7 @@ from controlplane.db.replica_sets import SPECS
 
 _COLUMNS = (
     "id, name, replica_set, phase, version, spec, spec_hash, port, secret, created_at, phase_since, reason, message, "
-    "slurm_job_id, submitted_at, running_since, drain_deadline, idle_since"
+    "slurm_job_id, submitted_at, running_since, drain_deadline, idle_since, cut_requests"
 )
 
 
@@ -190,6 +190,7 @@ async def move(db: Database, step: Move, *, actor: str, now: datetime) -> Replic
                        drain_deadline = CASE WHEN %(to)s = 'RUNNING' THEN NULL
                                              ELSE coalesce(%(deadline)s, drain_deadline) END,
                        idle_since = NULL,
+                       cut_requests = coalesce(%(cut)s, cut_requests),
                        ended_at = CASE WHEN %(to)s = 'ENDED' THEN %(now)s::timestamptz END
                  WHERE id = %(id)s AND phase = %(from)s AND version = %(version)s
                 RETURNING *
@@ -211,6 +212,7 @@ async def move(db: Database, step: Move, *, actor: str, now: datetime) -> Replic
                 "job_id": step.slurm_job_id,
                 "running_since": step.running_since,
                 "deadline": step.drain_deadline,
+                "cut": step.cut_requests,
                 "actor": actor,
                 "now": now,
             },

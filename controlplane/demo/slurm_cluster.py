@@ -1,9 +1,10 @@
 """A real Slurm cluster on one machine: slurmctld, several slurmd, slurmrestd and munge, on 127.0.0.1.
 
 Every node is a slurmd of its own on this host, with fake GPUs (links to /dev/null: jobs get CUDA_VISIBLE_DEVICES,
-nothing is isolated). Debian 12's release 22.05 and later ones. Each start makes an empty cluster; `restart` of a
-daemon keeps its state. slurmrestd listens twice: on TCP for JSON web tokens, and on a unix socket where jobs run as
-the job user without any token.
+nothing is isolated). Debian 12's release 22.05 and later ones; those of other Debian releases run in a folder that
+holds one (`slurm_root`), and so do their jobs. Each start makes an empty cluster; `restart` of a daemon keeps its
+state. slurmrestd listens twice: on TCP for JSON web tokens, and on a unix socket where jobs run as the job user without
+any token.
 
 Failure behaviour: see `children`. Slurm switches users, so root is needed: anybody else gets `StartFailed`.
 """
@@ -17,10 +18,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from controlplane.demo.children import SYSTEM_PATH, Account, Server, StartFailed, free_ports, is_listening, program
+from controlplane.demo.slurm_root import SlurmRoot, this_python
 
 PARTITION = "gpu"
 """The only partition; it holds all nodes."""
@@ -76,7 +78,8 @@ class SlurmCluster(Server):
     """A cluster of `nodes` nodes (n1, n2, ...) with `gpus` GPUs each, empty at each start.
 
     Children are named munged, slurmctld, slurmd-n1 ..., slurmrestd and slurmrestd-local. `user` is whom jobs run as;
-    left out, it is the first of www-data and the current user who can run this program.
+    left out, it is the first of www-data and the current user who can run this program. `root`: whose Slurm it is; left
+    out, this machine's own.
     """
 
     def __init__(
@@ -89,8 +92,10 @@ class SlurmCluster(Server):
         memory_mib: int = 64_000,
         user: str | None = None,
         extra_conf: Sequence[str] = (),
+        root: SlurmRoot | None = None,
     ) -> None:
         super().__init__(directory)
+        self._root = root
         self.node_names = tuple(f"n{number}" for number in range(1, nodes + 1))
         self._gpus = gpus
         self._cpus = cpus
@@ -109,6 +114,12 @@ class SlurmCluster(Server):
     def socket_path(self) -> Path:
         """The unix socket on which slurmrestd needs no token; requests act as the job user."""
         return self.directory / "sock" / "slurmrestd.sock"
+
+    def port(self, name: str) -> int:
+        """The port of 127.0.0.1 on which a daemon listens."""
+        port = self._listens_at[name]
+        assert isinstance(port, int), f"{name} listens on a socket"
+        return port
 
     @property
     def jwt_key_file(self) -> Path:
@@ -136,7 +147,7 @@ class SlurmCluster(Server):
         """What a Slurm command (`squeue`, `sinfo`, `scontrol` ...) prints. Raises `CommandFailed`."""
         try:
             done = subprocess.run(
-                [program(name), *arguments],
+                self._inside([self._program(name), *arguments]),
                 env={"PATH": SYSTEM_PATH, "LC_ALL": "C.UTF-8", "SLURM_CONF": str(self.conf_file)},
                 capture_output=True,
                 text=True,
@@ -178,15 +189,15 @@ class SlurmCluster(Server):
         if len(str(self.directory)) > _LONGEST_DIRECTORY:
             raise StartFailed(f"the path is too long for unix sockets: {self.directory}")
         for name in ("slurmctld", "slurmd", "slurmrestd", "munged", "munge", "scontrol", "sinfo"):
-            program(name)
-        self._job_account = _job_account(self._wanted_user)
+            self._program(name)
+        self._job_account = self._find_job_account()
         slurmds = [f"slurmd-{node}" for node in self.node_names]
         self._listens_at = {
             "munged": self.directory / "run" / "munge.socket",
             "slurmrestd-local": self.socket_path,
             **dict(zip(["slurmrestd", "slurmctld", *slurmds], free_ports(2 + len(slurmds)), strict=True)),
         }
-        slurm = Account.named("slurm")
+        slurm = self._account("slurm")
         self._write_files(slurm, self._job_account)
         self._start_daemons(slurm, self._job_account)
         self.children.wait_until(
@@ -213,7 +224,7 @@ class SlurmCluster(Server):
             gpu_file.symlink_to("/dev/null")
         (self.directory / "etc" / "gres.conf").write_text("".join(f"Name=gpu File={path}\n" for path in gpu_files))
         # later releases want a cgroup plugin unless told that there is none; 22.05 does not know the key
-        if _major_version() >= 23:
+        if self._major_version() >= 23:
             (self.directory / "etc" / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
         conf = _CONF.format(
             slurm=slurm.name,
@@ -230,29 +241,50 @@ class SlurmCluster(Server):
 
     def _start_daemons(self, slurm: Account, user: Account) -> None:
         environment = {"SLURM_CONF": str(self.conf_file)}
-        munged = [program("munged"), "--foreground", "--force", f"--socket={self._listens_at['munged']}"]
+        munged = ["munged", "--foreground", "--force", f"--socket={self._listens_at['munged']}"]
         munged += [f"--key-file={self._munge_key_file}"]
         munged += [f"--{kind}-file={self.directory}/run/munged.{kind}" for kind in ("pid", "seed")]
-        self.children.start("munged", munged, account=slurm)
+        self._start("munged", munged, account=slurm)
         self._wait_until_listening("munged")
-        self.children.start("slurmctld", [program("slurmctld"), "-D"], account=slurm, environment=environment)
+        self._start("slurmctld", ["slurmctld", "-D"], account=slurm, environment=environment)
         for node in self.node_names:
-            self.children.start(f"slurmd-{node}", [program("slurmd"), "-D", "-N", node], environment=environment)
-        slurmrestd = [program("slurmrestd"), "-s", _openapi_plugins()]
-        self.children.start(
+            self._start(f"slurmd-{node}", ["slurmd", "-D", "-N", node], environment=environment)
+        slurmrestd = ["slurmrestd", "-s", self._openapi_plugins()]
+        self._start(
             "slurmrestd",
             [*slurmrestd, "-a", "rest_auth/jwt", self.url.removeprefix("http://")],
-            account=Account.named("nobody"),
+            account=self._account("nobody"),
             environment={**environment, "SLURM_JWT": "daemon"},  # without it every token is refused
         )
         if user.uid == 0:  # slurmrestd refuses root, unless told otherwise
             environment["SLURMRESTD_SECURITY"] = "disable_user_check"
-        self.children.start(
+        self._start(
             "slurmrestd-local",
             [*slurmrestd, "-a", "rest_auth/local", f"unix:{self.socket_path}"],
             account=user,
             environment=environment,
         )
+
+    def _start(
+        self,
+        name: str,
+        argv: Sequence[str],
+        *,
+        account: Account | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """Start a program of the cluster's release; it changes to the account there, where entering needs root."""
+        line = (account or Account.current()).command([self._program(argv[0]), *argv[1:]])
+        self.children.start(name, self._inside(line), environment=environment)
+
+    def _inside(self, line: list[str]) -> list[str]:
+        return line if self._root is None else self._root.command(line, [self.directory, *this_python()])
+
+    def _program(self, name: str) -> str:
+        return program(name) if self._root is None else self._root.program(name)
+
+    def _account(self, name: str) -> Account:
+        return Account.named(name) if self._root is None else self._root.account(name)
 
     def _is_listening(self, name: str) -> bool:
         return is_listening(self._listens_at[name])
@@ -266,30 +298,28 @@ class SlurmCluster(Server):
     def _munge_key_file(self) -> Path:
         return self.directory / "etc" / "munge.key"
 
+    def _find_job_account(self) -> Account:
+        """Who can run this interpreter and this package: checkouts may lie where only their owner may look."""
+        if self._wanted_user is not None:
+            return self._account(self._wanted_user)
+        www_data = self._account("www-data")
+        imports = subprocess.run(
+            self._inside(www_data.command([sys.executable, "-c", "import controlplane"])),
+            cwd="/",
+            env={"PATH": SYSTEM_PATH},
+            capture_output=True,
+            check=False,
+        )
+        return www_data if imports.returncode == 0 else Account.current()
 
-def _job_account(wanted: str | None) -> Account:
-    """Who can run this interpreter and this package: checkouts may lie where only their owner may look."""
-    if wanted is not None:
-        return Account.named(wanted)
-    www_data = Account.named("www-data")
-    imports = subprocess.run(
-        www_data.command([sys.executable, "-c", "import controlplane"]),
-        cwd="/",
-        env={"PATH": SYSTEM_PATH},
-        capture_output=True,
-        check=False,
-    )
-    return www_data if imports.returncode == 0 else Account.current()
+    def _major_version(self) -> int:
+        version = self._inside([self._program("slurmctld"), "-V"])
+        return int(subprocess.run(version, capture_output=True, text=True, check=True).stdout.split()[1].split(".")[0])
 
-
-def _major_version() -> int:
-    printed = subprocess.run([program("slurmctld"), "-V"], capture_output=True, text=True, check=True).stdout
-    return int(printed.split()[1].partition(".")[0])
-
-
-def _openapi_plugins() -> str:
-    if _major_version() >= 23:
-        return "slurmctld"
-    # 22.05 dies at its start when it loads the plugins of slurmdbd and there is none
-    names = sorted(path.name for path in Path("/usr/lib").glob("*/slurm-wlm/openapi_v*.so"))
-    return ",".join(re.sub(r"openapi_v(\d+)_(\d+)_(\d+)\.so", r"openapi/v\1.\2.\3", name) for name in names)
+    def _openapi_plugins(self) -> str:
+        if self._major_version() >= 23:
+            return "slurmctld"
+        # 22.05 dies at its start when it loads the plugins of slurmdbd and there is none
+        installed = (self._root.path if self._root else Path("/")) / "usr" / "lib"
+        names = sorted(path.name for path in installed.glob("*/slurm-wlm/openapi_v*.so"))
+        return ",".join(re.sub(r"openapi_v(\d+)_(\d+)_(\d+)\.so", r"openapi/v\1.\2.\3", name) for name in names)

@@ -129,16 +129,16 @@ class Proxy:
     async def _pass_on(self, call: _Call, scope: Scope, receive: Receive, send: Send) -> None:
         _allow(scope, "POST")
         headers = scope["headers"]
-        snapshot, key = self._admit(call, scope)
+        _, key = self._admit(call, scope)
         body = await read_body(receive, headers, self._options.max_body_bytes)
         call.received_at = time.monotonic()
         model = model_of(body)
-        endpoints = self._route(call, snapshot, key, model)
+        self._check_route(call, key, model)
         request = ClientRequest(scope["path"].encode(), scope["query_string"], headers, body, call.request_id)
         in_flight = self._metrics.in_flight.labels(model)
         in_flight.inc()
         try:
-            await self._forwarder.forward(request, endpoints, call.exchange, receive, send)
+            await self._forwarder.forward(request, lambda: self._routable(model), call.exchange, receive, send)
         finally:
             in_flight.dec()
 
@@ -150,16 +150,22 @@ class Proxy:
         call.tenant = key.tenant
         return snapshot, key
 
-    def _route(self, call: _Call, snapshot: Snapshot, key: ApiKey, name: str) -> tuple[RoutableEndpoint, ...]:
-        """Where the model is served now. Raises ApiError that says why nowhere."""
-        model = snapshot.models.get(name)
-        if model is None or not may_use(key, name):
+    def _routable(self, name: str) -> tuple[RoutableEndpoint, ...]:
+        """Where the model is served now: asked anew for each try, because what was routable may be drained since."""
+        snapshot = self._directory.snapshot
+        return () if snapshot is None else snapshot.endpoints.get(name, ())
+
+    def _check_route(self, call: _Call, key: ApiKey, name: str) -> None:
+        """Raises ApiError that says why the model is served nowhere. A body takes its time: by what is known now."""
+        snapshot = self._directory.snapshot
+        model = None if snapshot is None else snapshot.models.get(name)
+        if snapshot is None or model is None or not may_use(key, name):
             raise model_not_found(name)
         call.model = name
         now = utc_now()
         match snapshot.state_of(model):
             case ModelState.ROUTABLE:
-                return snapshot.endpoints[name]
+                return
             case ModelState.PAUSED:
                 left = (model.paused_until - now).total_seconds() if model.paused_until else None
                 is_near = left is not None and left <= _LONGEST_PAUSE_WORTH_WAITING_FOR_SECONDS

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -62,6 +62,10 @@ _EVENT_STREAM = b"text/event-stream"
 _END_OF_EVENT = (b"\n\n", b"\r\n\r\n", b"\r\r")
 
 
+Routable = Callable[[], Sequence[RoutableEndpoint]]
+"""Where the model is served at the moment of the call."""
+
+
 @dataclass(slots=True)
 class Exchange:
     """What became of one request; `forward` fills it in, metrics and the log are made of it."""
@@ -92,12 +96,15 @@ class Forwarder:
     async def forward(
         self,
         request: ClientRequest,
-        endpoints: Sequence[RoutableEndpoint],
+        routable: Routable,
         exchange: Exchange,
         receive: Receive,
         send: Send,
     ) -> None:
         """Answer the request from one of the endpoints. The request's body must have been received whole.
+
+        `routable` is asked before each try: a drain counts on it that no request leaves for an endpoint that the
+        directory no longer has.
 
         Raises ApiError while nothing has been answered yet, and ClientLeft. Returns when the answer is complete, and
         when it broke off: then the client has been told in the stream, or its answer is left without an end.
@@ -106,7 +113,7 @@ class Forwarder:
         with anyio.CancelScope() as scope:
             watcher = asyncio.ensure_future(_cancel_when_client_leaves(receive, scope, exchange))
             try:
-                await self._answer_from_any(request, endpoints, exchange, answer, scope)
+                await self._answer_from_any(request, routable, exchange, answer, scope)
             except UpstreamFailed as error:
                 exchange.failure = error.failure
             finally:
@@ -125,7 +132,7 @@ class Forwarder:
     async def _answer_from_any(
         self,
         request: ClientRequest,
-        endpoints: Sequence[RoutableEndpoint],
+        routable: Routable,
         exchange: Exchange,
         answer: _Answer,
         scope: anyio.CancelScope,
@@ -133,8 +140,10 @@ class Forwarder:
         """Try endpoints, each at most once, until one takes the request. Raises UpstreamFailed."""
         scope.deadline = anyio.current_time() + self._options.first_byte_timeout_seconds
         tried: set[str] = set()
-        while True:
-            endpoint = self._choose(endpoints, tried)
+        failed = UpstreamFailed(Failure.REFUSED)  # unless one is tried: all are gone
+        while (endpoint := self._choose(routable(), tried)) is not None:
+            if tried:
+                exchange.retries += (failed.failure,)
             tried.add(endpoint.url)
             exchange.upstream = endpoint.url
             try:
@@ -144,16 +153,13 @@ class Forwarder:
                 if not may_retry(error.failure):
                     raise
                 self._upstreams.avoid(endpoint.url)
-                if all(other.url in tried for other in endpoints):
-                    raise
-                exchange.retries += (error.failure,)
+                failed = error
+        raise failed
 
-    def _choose(self, endpoints: Sequence[RoutableEndpoint], tried: set[str]) -> RoutableEndpoint:
+    def _choose(self, endpoints: Sequence[RoutableEndpoint], tried: set[str]) -> RoutableEndpoint | None:
         in_flight = self._upstreams.in_flight
         chosen = pick(endpoints, in_flight, self._rng, tried.union(self._upstreams.avoided()))
-        chosen = chosen or pick(endpoints, in_flight, self._rng, tried)
-        assert chosen is not None, "asked only while one is left"
-        return chosen
+        return chosen or pick(endpoints, in_flight, self._rng, tried)
 
     async def _answer_from(
         self,

@@ -66,6 +66,7 @@ class Done:
     created: list[str] = field(default_factory=list)
     submitted: list[Replica] = field(default_factory=list)
     moved: list[str] = field(default_factory=list)
+    cut: list[Replica] = field(default_factory=list)  # with requests in flight, at the deadline of their drain
 
     def sentence(self) -> str | None:
         parts = [
@@ -138,6 +139,8 @@ class Actor:
             return None
         why = f" ({after.reason})" if after.reason else ""
         done.moved.append(f"{after.name} {step.replica.phase} -> {after.phase}{why}")
+        if step.cut_requests:
+            done.cut.append(after)
         logger.info(
             "replica moved",
             replica=after.name,
@@ -206,7 +209,7 @@ class Actor:
         intent = Move(replica, Phase.SUBMITTING)
         replica = await replicas.move(self._db, intent, actor=ACTOR, now=self._clock())
         try:
-            submitted = await self._slurm.submit(request)
+            submitted = await self._slurm.submit(request, intended_at=replica.submitted_at)
         except SlurmRejected as error:
             step = Move(replica, Phase.ENDED, reason=Reason.REJECTED, message=f"Slurm refused it: {error}")
             await self.move(step, done, self._clock())

@@ -320,6 +320,8 @@ class ReplicaLoop:
             self._pressing_since[decision.replica_set] = min(alert.starts_at for alert in pressure.up)
 
     def _measure(self, done: Done) -> None:
+        for replica in done.cut:
+            self._metrics.requests_cut.labels(replica.replica_set).inc(replica.cut_requests or 0)
         for replica in done.submitted:
             if (since := self._pressing_since.pop(replica.replica_set, None)) is not None:
                 self._metrics.alert_to_submit_seconds.observe((self._clock() - since).total_seconds())

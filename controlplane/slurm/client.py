@@ -122,14 +122,14 @@ class SlurmClient:
     def submit_grace(self) -> timedelta:
         """How long after `submit` was called its request may still act. A list asked for later than that is final.
 
-        An expired token fences a late submit. With tokens made here this is the time that may pass before the token is
-        made (finding the API version), plus its life, plus clock skew. Otherwise it is the site's estimate; a twin that
-        appears even later is held, and harmless.
+        An expired token fences a late submit. With tokens made here, whose life is counted from the intent, this is
+        that life plus clock skew. Otherwise it is the site's estimate; a twin that appears even later is held, and
+        harmless.
         """
         source = self._options.token_source
         if source is None or source.lifetime is None:
             return timedelta(seconds=self._options.submit_grace_seconds)
-        return timedelta(seconds=self._options.timeout_seconds) + source.lifetime + _CLOCK_SKEW
+        return source.lifetime + _CLOCK_SKEW
 
     async def token_expires_at(self) -> datetime | None:
         """When the token in use expires; None: no token, or one that does not say. Raises `SlurmForbidden`."""
@@ -160,8 +160,12 @@ class SlurmClient:
 
         return await self._exchange("get", "GET", f"job/{job_id}", read)
 
-    async def submit(self, request: JobRequest) -> Submitted:
+    async def submit(self, request: JobRequest, *, intended_at: datetime | None = None) -> Submitted:
         """Submit a held job.
+
+        `intended_at` (now, if left out): when the intent was written down, from which everybody counts `submit_grace`.
+        A process that was stopped since, and wakes when others have given its request up, must not send it: it is
+        refused here (`SlurmForbidden`, `SlurmUnreachable`), or by Slurm because of its token's age.
 
         After `SlurmAmbiguous` or `SlurmProtocolError` the job may exist: look for its name, and trust its absence only
         in a list asked for `submit_grace` later. After any other error it does not exist.
@@ -176,7 +180,10 @@ class SlurmClient:
         def write(dialect: Dialect) -> dict[str, Any]:
             return wire.write_submit(request, dialect)
 
-        return await self._exchange("submit", "POST", "job/submit", read, write=write, changes=True)
+        intended_at = intended_at or self._clock()
+        return await self._exchange(
+            "submit", "POST", "job/submit", read, write=write, changes=True, intended_at=intended_at
+        )
 
     async def release(self, job_id: int, *, name: str) -> bool:
         """End our hold on job `job_id`. False: there is no live job `name` of ours with this id. May be repeated."""
@@ -275,17 +282,18 @@ class SlurmClient:
         *,
         write: Callable[[Dialect], dict[str, Any]] | None = None,
         changes: bool = False,
+        intended_at: datetime | None = None,
     ) -> T:
         """Send one request in the dialect in use and read its answer; tell `on_call` how that went."""
         started = time.monotonic()
         outcome = "abandoned"  # unless it is known better: the caller was cancelled
         try:
             dialect = await self._dialect_in_use()
-            answer = await self._send(method, path, dialect, write, changes=changes)
+            answer = await self._send(method, path, dialect, write, changes=changes, intended_at=intended_at)
             if _is_unknown_path(answer) and self._options.api_version == "auto":
                 self._dialect = None  # slurmrestd was exchanged for another release; it did nothing with the request
                 dialect = await self._dialect_in_use()
-                answer = await self._send(method, path, dialect, write, changes=changes)
+                answer = await self._send(method, path, dialect, write, changes=changes, intended_at=intended_at)
             if _is_unknown_path(answer):
                 raise SlurmProtocolError(f"slurmrestd does not serve {dialect.version}: {answer.text}")
             result = read(answer)
@@ -319,26 +327,30 @@ class SlurmClient:
         write: Callable[[Dialect], dict[str, Any]] | None,
         *,
         changes: bool,
+        intended_at: datetime | None = None,
     ) -> Answer:
         return await self._transport.exchange(
             method,
             f"/slurm/{dialect.version}/{path}",
-            headers=await self._headers(),
+            headers=await self._headers(intended_at),
             body=None if write is None else write(dialect),
             changes=changes,
         )
 
-    async def _headers(self) -> Mapping[str, str]:
-        token = await self._token(self._clock())
+    async def _headers(self, intended_at: datetime | None) -> Mapping[str, str]:
+        token = await self._token(intended_at or self._clock())
+        if intended_at is not None and self._clock() >= intended_at + self.submit_grace / 2:
+            # its own way there takes a while, too, and whoever counts must not be overtaken
+            raise SlurmUnreachable("not sent: too long after it was intended")
         return {} if token is None else {"X-SLURM-USER-NAME": self._options.user_name, "X-SLURM-USER-TOKEN": token}
 
-    async def _token(self, now: datetime) -> str | None:
+    async def _token(self, issued_at: datetime) -> str | None:
         """The token to send. An expired one is not sent: 22.05 answers it as if the controller were dead."""
         if self._options.token_source is None:
             return None
-        token = await self._options.token_source.read(now)
+        token = await self._options.token_source.read(issued_at)
         expiry = expires_at(token)
-        if expiry is not None and expiry <= now:
+        if expiry is not None and expiry <= self._clock():
             raise SlurmForbidden(f"the Slurm token expired at {expiry:%Y-%m-%d %H:%M:%S} UTC")
         return token
 

@@ -88,6 +88,7 @@ def replica_document(one: Replica) -> Document:
         "submitted_at": _time(one.submitted_at),
         "running_since": _time(one.running_since),
         "drain_deadline": _time(one.drain_deadline),
+        "cut_requests": one.cut_requests,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jwt
@@ -20,7 +21,7 @@ from controlplane.slurm.errors import (
     SlurmRejected,
     SlurmUnreachable,
 )
-from controlplane.slurm.tokens import StaticToken
+from controlplane.slurm.tokens import MintedToken, StaticToken, expires_at
 from controlplane.slurm.transport import Answer
 from controlplane.slurm.wire import JobRequest
 
@@ -254,6 +255,41 @@ async def test_an_expired_token_never_leaves(slurmrestd: Slurmrestd) -> None:
         with pytest.raises(SlurmForbidden, match="expired at 2026-11-23 11:59:59"):
             await client.submit(JOB_REQUEST)
     assert slurmrestd.requests == []
+
+
+@pytest.mark.parametrize("late_seconds", [30, 45, 3600])
+async def test_the_token_of_a_submit_is_as_old_as_its_intent(
+    slurmrestd: Slurmrestd, tmp_path: Any, late_seconds: int
+) -> None:
+    (tmp_path / "key").write_bytes(b"k" * 32)
+    slurmrestd.answer("GET", "ping", (200, {"pings": []}))
+    slurmrestd.answer("POST", "job/submit", (200, {"job_id": 7}))
+    source = MintedToken(tmp_path / "key", "u")
+    late = NOW + timedelta(seconds=late_seconds)
+    async with SlurmClient(SlurmOptions(slurmrestd.url, "u", source), clock=lambda: late) as client:
+        if late_seconds >= 45:  # it was stopped between its intent and its request
+            with pytest.raises((SlurmForbidden, SlurmUnreachable)):
+                await client.submit(JOB_REQUEST, intended_at=NOW)
+            assert slurmrestd.asked() == []
+        else:
+            await client.submit(JOB_REQUEST, intended_at=NOW)
+            token = slurmrestd.requests[-1].headers["x-slurm-user-token"]
+            assert expires_at(token) == NOW + source.lifetime
+
+
+async def test_a_submit_that_comes_late_with_a_token_of_others_is_not_sent(slurmrestd: Slurmrestd) -> None:
+    slurmrestd.answer("GET", "ping", (200, {"pings": []}))
+    slurmrestd.answer("POST", "job/submit", (200, {"job_id": 7}))
+    options = SlurmOptions(slurmrestd.url, "u", StaticToken("opaque"), submit_grace_seconds=60)
+    for late_seconds, is_sent in ((29, True), (30, False), (600, False)):
+        slurmrestd.requests.clear()
+        async with SlurmClient(options, clock=partial(NOW.__add__, timedelta(seconds=late_seconds))) as client:
+            if is_sent:
+                await client.submit(JOB_REQUEST, intended_at=NOW)
+            else:
+                with pytest.raises(SlurmUnreachable, match="not sent"):
+                    await client.submit(JOB_REQUEST, intended_at=NOW)
+        assert (slurmrestd.asked() == ["POST job/submit"]) == is_sent
 
 
 @pytest.mark.recorded("ping", "jobs")

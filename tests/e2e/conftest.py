@@ -11,6 +11,7 @@ import pytest
 
 from controlplane.demo.prometheus import Alertmanager, AlertmanagerOptions, Prometheus, PrometheusOptions
 from controlplane.demo.slurm_cluster import SlurmCluster
+from tests.e2e.slurm_matrix import release_under_test
 
 PrometheusFactory = Callable[[PrometheusOptions], Prometheus]
 AlertmanagerFactory = Callable[[AlertmanagerOptions], Alertmanager]
@@ -19,7 +20,7 @@ AlertmanagerFactory = Callable[[AlertmanagerOptions], Alertmanager]
 @pytest.fixture(scope="session")
 def slurm(session_directory: Path) -> Iterator[SlurmCluster]:
     """A cluster of four nodes with eight GPUs each. Tests leave no job behind."""
-    with SlurmCluster(session_directory / "slurm") as cluster:
+    with SlurmCluster(session_directory / "slurm", root=release_under_test()) as cluster:
         yield cluster
 
 

@@ -53,6 +53,7 @@ class Reconciling:
     slurm: SlurmCluster
     client: SlurmClient
     instance_id: str
+    calls: list[tuple[str, str]]  # operation and outcome of every call of slurmrestd
 
     async def scale(self, replicas_wanted: int) -> None:
         await replica_sets.scale(self.db, SPEC.name, replicas=replicas_wanted, actor="test", now=utc_now())
@@ -109,9 +110,10 @@ async def reconciling(
         source = StaticToken(await lasting.read(utc_now()))
     options = SlurmOptions(url or slurm.url, slurm.user_name, source, submit_grace_seconds=submit_grace_seconds or 120)
     metrics = ControlPlaneMetrics(CollectorRegistry())
+    calls: list[tuple[str, str]] = []
     async with (
         Database(DatabaseOptions(database_url)) as db,
-        SlurmClient(options) as client,
+        SlurmClient(options, on_call=lambda operation, outcome, _: calls.append((operation, outcome))) as client,
         httpx.AsyncClient() as http,
     ):
         await replica_sets.apply(db, spec, actor="test", now=utc_now())
@@ -120,7 +122,8 @@ async def reconciling(
         instance_id = await slurm_jobs.instance_id(db)
         scripts = ScriptOptions(templates, shutdown_timeout_seconds=5)
         actions = ActionOptions(slurm.jobs_directory, scripts, instance_id)
-        actor = Actor(db, client, actions, utc_now, random.Random(7))
+        # no seed: it draws ports, and another session of tests may run beside this one
+        actor = Actor(db, client, actions, utc_now, random.Random())
         options_of_rounds = ReplicaOptions(
             instance_id,
             interval_seconds=0.3,
@@ -133,7 +136,7 @@ async def reconciling(
         logs = JobLogLoop(db, JobLogOptions(slurm.jobs_directory, interval_seconds=0.3))
         loops: list[Loop] = [ReplicaLoop(db, client, actor, options_of_rounds, metrics, utc_now), probing, logs]
         running = asyncio.create_task(Runner(db, loops, RunnerOptions("test"), metrics, utc_now).run())
-        seen = Reconciling(db, slurm, client, instance_id)
+        seen = Reconciling(db, slurm, client, instance_id, calls)
         try:
             yield seen
         finally:

@@ -1,11 +1,17 @@
-"""A TCP relay in front of slurmrestd that can lose a request, or the answer after the request was carried out."""
+"""A TCP relay in front of slurmrestd that can lose a request, or the answer after the request was carried out.
+
+It is also where a test learns that a request is on its way, or was answered, and can do something at that moment.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Self
 from urllib.parse import urlsplit
+
+Act = Callable[[], Awaitable[None]]
 
 
 class Relay:
@@ -17,6 +23,9 @@ class Relay:
         self._server: asyncio.Server | None = None
         self._to_lose: list[bytes] = []
         self._to_swallow: list[bytes] = []
+        self._before: list[tuple[bytes, Act]] = []
+        self._after: list[tuple[bytes, Act]] = []
+        self._doing: set[asyncio.Future[None]] = set()
         self.lost = 0
 
     async def __aenter__(self) -> Self:
@@ -41,24 +50,57 @@ class Relay:
         """The next request that holds `text` never reaches slurmrestd."""
         self._to_swallow.append(text)
 
+    def before(self, text: bytes, act: Act) -> None:
+        """Do this when the next request that holds `text` has come, and pass it on after."""
+        self._before.append((text, act))
+
+    def after(self, text: bytes, act: Act) -> None:
+        """Do this when the next request that holds `text` was answered, and pass the answer on after."""
+        self._after.append((text, act))
+
+    def forget(self) -> None:
+        """Do and lose nothing of what was not met yet."""
+        for orders in (self._to_lose, self._to_swallow, self._before, self._after):
+            orders.clear()
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        upstream_reader, upstream_writer = await asyncio.open_connection(*self._upstream)
+        try:
+            upstream_reader, upstream_writer = await asyncio.open_connection(*self._upstream)
+        except ConnectionError:
+            writer.close()
+            return
         losing = asyncio.Event()
-        with suppress(ConnectionError):
-            await asyncio.wait(
-                [
-                    asyncio.create_task(self._pass_requests(reader, upstream_writer, losing)),
-                    asyncio.create_task(self._pass_answers(upstream_reader, writer, losing)),
-                ],
-                return_when=asyncio.FIRST_COMPLETED,
-            )
+        afterwards: list[Act] = []
+        passing = [
+            asyncio.create_task(self._pass_requests(reader, upstream_writer, losing, afterwards)),
+            asyncio.create_task(self._pass_answers(upstream_reader, writer, losing, afterwards)),
+        ]
+        await asyncio.wait(passing, return_when=asyncio.FIRST_COMPLETED)
+        for task in passing:
+            task.cancel()
+            with suppress(ConnectionError, asyncio.CancelledError):
+                await task
         writer.close()
         upstream_writer.close()
 
+    async def _do(self, act: Act) -> None:
+        """To its end, even if that is what makes the connection break."""
+        doing = asyncio.ensure_future(act())
+        self._doing.add(doing)
+        doing.add_done_callback(self._doing.discard)
+        await asyncio.shield(doing)
+
     async def _pass_requests(
-        self, reader: asyncio.StreamReader, upstream: asyncio.StreamWriter, losing: asyncio.Event
+        self,
+        reader: asyncio.StreamReader,
+        upstream: asyncio.StreamWriter,
+        losing: asyncio.Event,
+        afterwards: list[Act],
     ) -> None:
         while data := await reader.read(65536):
+            for act in _taken(self._before, data):
+                await self._do(act)
+            afterwards += _taken(self._after, data)
             for text in [text for text in self._to_swallow if text in data]:
                 self._to_swallow.remove(text)
                 self.lost += 1
@@ -70,11 +112,25 @@ class Relay:
             await upstream.drain()
 
     async def _pass_answers(
-        self, upstream: asyncio.StreamReader, writer: asyncio.StreamWriter, losing: asyncio.Event
+        self,
+        upstream: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        losing: asyncio.Event,
+        afterwards: list[Act],
     ) -> None:
         while data := await upstream.read(65536):
+            while afterwards:
+                await self._do(afterwards.pop(0))
             if losing.is_set():
                 self.lost += 1
                 return  # carried out, and nobody hears of it
             writer.write(data)
             await writer.drain()
+
+
+def _taken(orders: list[tuple[bytes, Act]], data: bytes) -> list[Act]:
+    """The acts that this request is meant for; they are done once."""
+    met = [order for order in orders if order[0] in data]
+    for order in met:
+        orders.remove(order)
+    return [act for _, act in met]

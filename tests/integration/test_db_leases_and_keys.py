@@ -8,9 +8,18 @@ from datetime import timedelta
 
 import pytest
 
-from controlplane.db import Database, DatabaseOptions, DbUnavailable, NotFound, keys, leases, missing_migrations
+from controlplane.db import (
+    Database,
+    DatabaseOptions,
+    DbUnavailable,
+    NotFound,
+    keys,
+    leases,
+    missing_migrations,
+    replica_sets,
+)
 from tests.conftest import eventually
-from tests.integration.db_rows import NOW, opened
+from tests.integration.db_rows import NOW, make_set, opened
 
 LONG, SHORT = timedelta(minutes=10), timedelta(milliseconds=50)
 
@@ -26,6 +35,22 @@ async def test_a_lease_is_kept_by_its_holder_and_denied_to_others(db: Database) 
     assert await leases.acquire(db, "reconcile", "two", LONG) is None
     assert await leases.acquire(db, "reconcile", "one", LONG) == 1
     assert await leases.load_held(db) == [leases.Lease("reconcile", "one", 1)]
+
+
+async def test_a_holder_that_is_stopped_amid_a_transaction_keeps_nobody_waiting(
+    db: Database, database_url: str
+) -> None:
+    async def sleep_amid_a_transaction(sleeper: Database) -> None:
+        async with sleeper.transaction() as connection:
+            await connection.execute("SELECT FROM replica_sets FOR UPDATE")
+            await replica_sets.scale(db, "a", replicas=2, actor="other", now=NOW)  # which needs the row
+            await connection.execute("UPDATE replica_sets SET desired_replicas = 1")
+
+    await make_set(db)
+    async with opened(database_url) as sleeper:
+        with pytest.raises(DbUnavailable):
+            await sleep_amid_a_transaction(sleeper)
+    assert (await replica_sets.load(db, "a")).desired_replicas == 2
 
 
 async def test_the_term_grows_when_a_lease_passes_on(db: Database) -> None:

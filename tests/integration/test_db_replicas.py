@@ -9,9 +9,19 @@ from datetime import timedelta
 
 import pytest
 
-from controlplane.core.types import Move, Phase, Reason
+from controlplane.core.types import Health, Move, Phase, Reason
 from controlplane.core.verbs import Verb, VerbRefused
-from controlplane.db import Database, DatabaseError, Duplicate, NotFound, Stale, decisions, replica_sets, replicas
+from controlplane.db import (
+    Database,
+    DatabaseError,
+    Duplicate,
+    NotFound,
+    Stale,
+    decisions,
+    endpoints,
+    replica_sets,
+    replicas,
+)
 from tests.integration.db_rows import NOW, make_replica, make_set, opened, to
 
 
@@ -28,6 +38,31 @@ async def test_a_name_is_the_sets_and_a_number_that_never_comes_again(db: Databa
     assert first.name == f"cp-a-{first.id}"
     assert second.id > first.id
     assert "x" * 32 not in repr(first)
+
+
+async def test_what_a_drains_deadline_cut_is_kept_to_the_end(db: Database) -> None:
+    replica = await make_replica(db, await make_set(db), Phase.DRAINING)
+    cut = await replicas.move(db, replace(to(replica, Phase.STOPPING), cut_requests=3), actor="one", now=NOW)
+    ended = await replicas.move(db, to(cut, Phase.ENDED), actor="one", now=NOW)
+    assert [one.cut_requests for one in (replica, cut, ended)] == [None, 3, 3]
+
+
+@pytest.mark.parametrize("overtaking", ["another look", "a requeue"])
+async def test_a_look_that_was_overtaken_is_not_kept(db: Database, overtaking: str) -> None:
+    replica = await make_replica(db, await make_set(db), Phase.RUNNING)
+    await endpoints.ensure(db, replica, "http://n1:20000")
+    [before] = await endpoints.load_live(db)
+    ready = replace(before, health=Health.READY, passes=1, first_ready_at=NOW, confirmed_at=NOW, probed_at=NOW)
+    await endpoints.save(db, ready, seen=before)
+    later = replace(ready, passes=2, running=7, probed_at=NOW + timedelta(seconds=5))
+    if overtaking == "another look":
+        await endpoints.save(db, later, seen=ready)
+    else:
+        await endpoints.distrust(db, replica)
+    [now] = await endpoints.load_live(db)
+    late = replace(ready, passes=2, running=0, probed_at=NOW + timedelta(seconds=60))
+    await endpoints.save(db, late, seen=ready)
+    assert await endpoints.load_live(db) == (now,)
 
 
 async def test_a_move_decided_from_an_older_version_is_refused_and_leaves_no_trace(db: Database) -> None:

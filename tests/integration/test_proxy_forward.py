@@ -28,6 +28,7 @@ from tests.integration.proxy_rig import (
     refusing_url,
     running_proxy,
     silent_url,
+    until,
     upstream,
 )
 
@@ -239,6 +240,40 @@ async def test_when_no_endpoint_can_be_reached_each_is_tried_once_and_the_answer
         assert "127.0.0.1" not in response.text
         assert proxy.metric("proxy_upstream_retries_total", model=MODEL, reason="refused") == 2
         assert proxy.metric("proxy_requests_total", model=MODEL, tenant="tenant", code="502") == 1
+
+
+async def test_an_endpoint_that_left_while_a_body_was_on_its_way_gets_no_request(db: Database) -> None:
+    async with upstream(reply) as drained, upstream(reply) as left:
+        await make_routable(db, drained.url)
+        async with running_proxy(db, key=await make_key(db)) as proxy:
+            body = json.dumps({"model": MODEL, "messages": []}).encode()
+            reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+            writer.write(f"POST {CHAT} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {proxy.key}\r\n".encode())
+            writer.write(b"content-length: %d\r\n\r\n" % len(body) + body[:5])
+            await writer.drain()
+            assert (await proxy.chat()).status_code == 200  # the head that was sent before it is read by now
+            await make_routable(db, left.url)
+            await until(proxy.chat, lambda _: left.requests)
+            before = len(drained.requests)
+            writer.write(body[5:])
+            assert b" 200 " in await reader.readline()
+            writer.close()
+    assert len(drained.requests) == before
+
+
+async def test_an_endpoint_that_left_while_another_was_tried_gets_no_request(db: Database) -> None:
+    options = replace(QUICK, connect_timeout_seconds=2.0)
+    with silent_url() as silent:
+        async with upstream(reply) as drained:
+            await make_routable(db, silent, drained.url)
+            async with running_proxy(db, options, key=await make_key(db)) as proxy:
+                calls = []
+                while silent not in proxy.app.in_flight:  # the others are answered by the one that will leave
+                    calls.append(asyncio.create_task(proxy.chat()))
+                    await asyncio.sleep(0.05)
+                await make_routable(db, silent)
+                statuses = [(await call).status_code for call in calls]
+    assert (statuses[:-1], statuses[-1]) == ([200] * len(drained.requests), 502)
 
 
 async def test_an_endpoint_that_is_avoided_is_still_used_when_there_is_no_other(db: Database) -> None:

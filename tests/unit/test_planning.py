@@ -221,6 +221,7 @@ def test_a_drain_without_an_endpoint_is_not_known_to_be_idle() -> None:
     [
         (ago(5), ago(1), {}, True),
         (ago(1), ago(1), {}, False),  # said once
+        (ago(1.5), ago(1), {}, False),  # twice in a row: what came in between does not show yet
         (None, ago(1), {}, False),
         (ago(5), ago(1), BUSY, False),
         (ago(5), ago(1), WAITING, False),
@@ -263,6 +264,7 @@ def test_a_drain_that_is_cut_says_how_many_requests_it_cut(metrics: dict[str, An
     (move,) = planned(a_scene(a_set(0), [replica], [an_endpoint(replica, **metrics)]))
     assert isinstance(move, Move)
     assert move.message == f"drain deadline reached; requests cut: {left}"
+    assert move.cut_requests == (None if left == "unknown" else int(left))
 
 
 # --- wanted again ------------------------------------------------------------------------------------------

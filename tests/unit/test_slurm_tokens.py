@@ -96,7 +96,7 @@ async def test_the_life_of_minted_tokens_bounds_how_late_a_submit_can_act(tmp_pa
         return SlurmClient(SlurmOptions("http://127.0.0.1:9", "u", source, submit_grace_seconds=300)).submit_grace
 
     assert grace(None) == grace(StaticToken("t")) == timedelta(seconds=300)
-    assert grace(MintedToken(tmp_path, "u", timedelta(seconds=40))) == timedelta(seconds=30 + 40 + 30)
+    assert grace(MintedToken(tmp_path, "u", timedelta(seconds=40))) == timedelta(seconds=40 + 30)
 
 
 @pytest.mark.parametrize(
