@@ -10,10 +10,10 @@ SYSTEM_PYTHON = $(shell for python in /usr/bin/python3 python3; do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lock clean packages python
+.PHONY: help setup demo test hand-over check lock clean packages python
 
 help: ## say what can be made
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: packages $(INSTALLED) ## install Debian's packages and Python's into .venv, as far as they are missing
 
@@ -22,6 +22,9 @@ demo: setup ## show the whole loop on this machine: an alert, Slurm jobs, reques
 
 test: setup ## run all tests, on real PostgreSQL, Slurm, Prometheus and Alertmanager
 	@$(VENV)/bin/pytest
+
+hand-over: setup ## show three generations of walltimes of two minutes end under load; takes six minutes
+	@HAND_OVER_GENERATIONS=3 $(VENV)/bin/pytest -q --capture=no --log-cli-level=ERROR tests/e2e/test_hand_over.py -k generations
 
 check: python ## lint, formatting, types, and who may import whom
 	@$(VENV)/bin/ruff check

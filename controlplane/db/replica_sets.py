@@ -26,7 +26,7 @@ SPECS: TypeAdapter[ReplicaSetSpec] = TypeAdapter(ReplicaSetSpec)
 
 _COLUMNS = (
     "spec, spec_hash, min_replicas, max_replicas, desired_replicas, "
-    "is_paused, paused_reason, paused_until, scaled_up_at, scaled_down_at"
+    "is_paused, paused_reason, paused_until, scaled_up_at, scaled_down_at, start_lead_seconds"
 )
 
 

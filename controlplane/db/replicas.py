@@ -20,7 +20,7 @@ from controlplane.db.replica_sets import SPECS
 
 _COLUMNS = (
     "id, name, replica_set, phase, version, spec, spec_hash, port, secret, created_at, phase_since, reason, message, "
-    "slurm_job_id, submitted_at, running_since, drain_deadline, idle_since"
+    "slurm_job_id, submitted_at, running_since, drain_deadline, idle_since, succeeds"
 )
 
 
@@ -101,10 +101,18 @@ async def names_that_ended(db: Database, names: list[str]) -> set[str]:
 
 
 async def create(
-    db: Database, replica_set: ReplicaSet, *, port: int, secret: str, actor: str, now: datetime
+    db: Database,
+    replica_set: ReplicaSet,
+    *,
+    port: int,
+    secret: str,
+    actor: str,
+    now: datetime,
+    succeeds: int | None = None,
 ) -> Replica:
     """Add one PENDING replica. Raises Duplicate (the port is taken), Stale (no further one is wanted any more).
 
+    `succeeds`: a running replica's id. Of it and its successor only the one counts, and it has one at most.
     The set's row is locked meanwhile, so that two control planes cannot both make the last one that is missing.
     """
     async with db.transaction() as connection:
@@ -112,15 +120,23 @@ async def create(
         cursor = await connection.execute(
             f"""
             WITH fresh AS (
-                INSERT INTO replicas (id, name, replica_set, spec, spec_hash, port, secret, created_at, phase_since)
+                INSERT INTO replicas (id, name, replica_set, spec, spec_hash, port, secret, created_at, phase_since,
+                                      succeeds)
                 OVERRIDING SYSTEM VALUE
                 SELECT n.id, 'cp-' || s.name || '-' || n.id, s.name, s.spec, s.spec_hash, %(port)s, %(secret)s,
-                       %(now)s, %(now)s
+                       %(now)s, %(now)s, %(succeeds)s
                   FROM replica_sets s, (SELECT nextval(pg_get_serial_sequence('replicas', 'id')) AS id) n
                  WHERE s.name = %(set)s AND NOT s.is_paused AND s.spec_hash = %(spec_hash)s
                    AND (SELECT count(*) FROM replicas r
-                         WHERE r.replica_set = s.name AND r.spec_hash = s.spec_hash AND r.phase = ANY (%(existing)s))
+                         WHERE r.replica_set = s.name AND r.spec_hash = s.spec_hash AND r.phase = ANY (%(existing)s)
+                           AND r.id IS DISTINCT FROM %(succeeds)s
+                           AND NOT EXISTS (SELECT FROM replicas follower
+                                            WHERE follower.succeeds = r.id AND follower.phase = ANY (%(existing)s)))
                        < s.desired_replicas
+                   AND (%(succeeds)s::bigint IS NULL OR EXISTS (
+                            SELECT FROM replicas WHERE id = %(succeeds)s AND phase = 'RUNNING'))
+                   AND NOT EXISTS (
+                            SELECT FROM replicas WHERE succeeds = %(succeeds)s AND phase = ANY (%(existing)s))
                    AND (SELECT count(*) FROM replicas r
                          WHERE r.replica_set = s.name AND r.phase = ANY (%(live)s))
                        < s.max_replicas + (s.spec->>'surge')::int
@@ -138,6 +154,7 @@ async def create(
                 "secret": secret,
                 "actor": actor,
                 "now": now,
+                "succeeds": succeeds,
                 "existing": list(EXISTING_PHASES),
                 "live": list(LIVE_PHASES),
             },

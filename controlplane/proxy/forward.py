@@ -25,6 +25,7 @@ import anyio
 import httpx
 from starlette.types import Receive, Send
 
+from controlplane.clock import utc_now
 from controlplane.core.balancing import Failure, may_retry, pick
 from controlplane.core.types import RoutableEndpoint
 from controlplane.proxy.errors import ApiError, upstream_error, upstream_timeout
@@ -149,9 +150,9 @@ class Forwarder:
                 exchange.retries += (error.failure,)
 
     def _choose(self, endpoints: Sequence[RoutableEndpoint], tried: set[str]) -> RoutableEndpoint:
-        in_flight = self._upstreams.in_flight
-        chosen = pick(endpoints, in_flight, self._rng, tried.union(self._upstreams.avoided()))
-        chosen = chosen or pick(endpoints, in_flight, self._rng, tried)
+        in_flight, now = self._upstreams.in_flight, utc_now()
+        chosen = pick(endpoints, in_flight, self._rng, tried.union(self._upstreams.avoided()), now=now)
+        chosen = chosen or pick(endpoints, in_flight, self._rng, tried, now=now)
         assert chosen is not None, "asked only while one is left"
         return chosen
 

@@ -16,6 +16,7 @@ from loguru import logger
 
 from controlplane.core.lifecycle import advance, comment_for, is_anothers, job_of, twins_of
 from controlplane.core.planning import PlanRules, Scene, idle_since, plan
+from controlplane.core.reservations import Closing
 from controlplane.core.scaling import Pressure, decide, pressures
 from controlplane.core.types import (
     Action,
@@ -47,6 +48,7 @@ from controlplane.db import (
 )
 from controlplane.metrics import ControlPlaneMetrics
 from controlplane.reconcile.actions import ACTOR, Actor, Done
+from controlplane.reconcile.reservations import ReservationWatch
 from controlplane.slurm.client import SlurmClient
 from controlplane.slurm.errors import SlurmError
 
@@ -72,6 +74,7 @@ class World:
     past: dict[str, list[PastReplica]]
     alerts: tuple[Alert, ...]
     names: frozenset[str] = frozenset()  # of all replicas that were live
+    ends_at: dict[str, datetime] = field(default_factory=dict)  # their walltimes' ends, as Slurm told before
     outrun: set[str] = field(default_factory=set)  # sets of which somebody else has moved a replica meanwhile
 
 
@@ -93,6 +96,7 @@ class ReplicaLoop:
         self._options = options
         self._metrics = metrics
         self._clock = clock
+        self._reservations = ReservationWatch(slurm)
         self._orphans: dict[int, datetime] = {}  # job id -> first seen
         self._pressing_since: dict[str, datetime] = {}  # replica set -> when the alert it still answers began
         self._reported: dict[str, str] = {}
@@ -110,15 +114,17 @@ class ReplicaLoop:
         if isinstance(observed, JobList):
             jobs = await self._follow(world, observed, done, now)
             actions += self._twins(world, observed) + await self._strays(world, observed, now)
+            await self._reservations.refresh(now)
+            actions += self._reservations.reports
         else:
             message = f"no usable answer, so nothing is submitted or cancelled: {observed.message}"
             actions.append(Report("Slurm", message))
         await self._note_idle(world)
         for replica_set in world.sets.values():
-            if not replica_set.spec.is_external and replica_set.name not in world.outrun:
-                actions += plan(
-                    _scene(world, replica_set, jobs, pressing[replica_set.name]), now=now, rules=self._options.rules
-                )
+            if replica_set.spec.slurm is not None and replica_set.name not in world.outrun:
+                closing = self._reservations.calendar.closing(replica_set.spec.slurm, now)
+                scene = _scene(world, replica_set, jobs, pressing[replica_set.name], closing)
+                actions += plan(scene, now=now, rules=self._options.rules)
         actions += _job_steps(world.replicas, jobs)
         self._report(actions)
         await self._actor.carry_out(actions, world.sets, done, now, may_call=isinstance(observed, JobList))
@@ -133,7 +139,8 @@ class ReplicaLoop:
         longest_window = max((one.spec.scale_down.stabilization_window_seconds for one in sets.values()), default=0)
         since = now - self._options.stale_after - timedelta(seconds=longest_window)
         names = frozenset(one.name for one in live)
-        return World(sets, live, seen, past, await alerts.load_since(self._db, since), names)
+        ends_at = await slurm_jobs.load_ends(self._db)
+        return World(sets, live, seen, past, await alerts.load_since(self._db, since), names, ends_at)
 
     async def _load_past(self) -> dict[str, list[PastReplica]]:
         past: dict[str, list[PastReplica]] = defaultdict(list)
@@ -273,14 +280,17 @@ class ReplicaLoop:
                 self._metrics.alert_to_submit_seconds.observe((self._clock() - since).total_seconds())
 
 
-def _scene(world: World, replica_set: ReplicaSet, jobs: dict[str, SlurmJob], pressure: Pressure) -> Scene:
+def _scene(
+    world: World, replica_set: ReplicaSet, jobs: dict[str, SlurmJob], pressure: Pressure, closing: Closing | None
+) -> Scene:
     return Scene(
         replica_set=replica_set,
         replicas=tuple(one for one in world.replicas if one.replica_set == replica_set.name),
         endpoints=world.endpoints,
         past=tuple(world.past.get(replica_set.name, ())),
-        ends_at={name: job.ends_at for name, job in jobs.items() if job.ends_at is not None},
+        ends_at=world.ends_at | {name: job.ends_at for name, job in jobs.items() if job.ends_at is not None},
         to_replace=frozenset(alert.labels["replica"] for alert in pressure.replace),
+        closing=closing,
     )
 
 

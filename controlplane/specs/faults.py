@@ -85,6 +85,7 @@ _MODELS: tuple[type[BaseModel], ...] = (
     file_format.EndpointDocument,
     file_format.ScaleUpDocument,
     file_format.ScaleDownDocument,
+    file_format.HandOverDocument,
 )
 _KNOWN_KEYS = sorted({key for model in _MODELS for key in model.model_fields})
 

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from controlplane.core.types import (
     ExternalEndpoint,
+    HandOver,
     ReplicaSetSpec,
     ScaleDown,
     ScaleUp,
@@ -89,6 +90,7 @@ def _spec(document: ReplicaSetDocument, path: str, directory: Path | None, fault
         "vllm": VllmOptions(**{**dict(document.vllm), "args": tuple(document.vllm.args)}),
         "scale_up": ScaleUp(**dict(document.scale_up)),
         "scale_down": ScaleDown(**dict(document.scale_down)),
+        "hand_over": HandOver(**dict(document.hand_over)),
         "endpoints": tuple(endpoints),
     }
     return ReplicaSetSpec(**fields)

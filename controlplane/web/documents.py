@@ -38,6 +38,7 @@ def replica_set_document(one: ReplicaSet) -> Document:
         "paused_until": _time(one.paused_until),
         "scaled_up_at": _time(one.scaled_up_at),
         "scaled_down_at": _time(one.scaled_down_at),
+        "start_lead_seconds": one.start_lead_seconds,
         "spec_hash": one.spec_hash,
         "spec": spec_document(one.spec),
     }
@@ -59,6 +60,7 @@ def replica_document(one: Replica) -> Document:
         "submitted_at": _time(one.submitted_at),
         "running_since": _time(one.running_since),
         "drain_deadline": _time(one.drain_deadline),
+        "predecessor": one.predecessor,
     }
 
 
