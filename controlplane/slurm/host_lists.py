@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from typing import Final
 
@@ -24,9 +25,9 @@ def expand(expression: str) -> frozenset[str]:
         if element is None or expression[at : at + 1] not in ("", ",") or expression[at:] == ",":
             raise ValueError(f"not a list of nodes: {expression[:64]}")
         pieces = [_numbers(bracket) if bracket else [text] for bracket, text in _PIECE.findall(element[0])]
-        names |= {"".join(parts) for parts in itertools.islice(itertools.product(*pieces), _MOST + 1)}
-        if len(names) > _MOST:
+        if len(names) + math.prod(map(len, pieces)) > _MOST:
             raise ValueError(f"more than {_MOST} nodes: {expression[:64]}")
+        names |= {"".join(parts) for parts in itertools.product(*pieces)}
         at += 1
     return frozenset(names)
 

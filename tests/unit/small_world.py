@@ -65,8 +65,11 @@ class CutShort(Exception):
 
 
 class SmallWorld:
-    def __init__(self, replica_set: ReplicaSet) -> None:
+    def __init__(self, replica_set: ReplicaSet, *, has_walltimes: bool = False) -> None:
         self.replica_set = replica_set
+        self.has_walltimes = has_walltimes  # do jobs end at their time limit?
+        self.cut_by_walltimes = 0  # requests
+        self.starts: list[float] = []  # seconds from creation to ready
         self.now = NOW
         self.is_blind = False
         self.replicas: dict[int, Replica] = {}
@@ -191,7 +194,7 @@ class SmallWorld:
         for action in actions:
             match action:
                 case Create():
-                    if (fresh := self._create()) is not None:
+                    if (fresh := self._create(action.succeeds)) is not None:
                         calls.append(Submit(fresh))
                 case Move():
                     self._move(action)
@@ -233,12 +236,17 @@ class SmallWorld:
     def live(self) -> list[Replica]:
         return [replica for replica in self.replicas.values() if replica.phase is not Phase.ENDED]
 
-    def _create(self) -> Replica | None:
+    def _create(self, succeeds: int | None) -> Replica | None:
         wanted = self.replica_set
-        existing = sum(one.exists and one.spec_hash == wanted.spec_hash for one in self.live())
+        followed = {one.succeeds for one in self.live() if one.exists}
+        predecessor = self.replicas.get(succeeds or 0)
+        if succeeds is not None and (
+            predecessor is None or predecessor.phase is not Phase.RUNNING or succeeds in followed
+        ):
+            return None
         if (
             wanted.is_paused
-            or existing >= wanted.max_replicas
+            or self._counted(followed | {succeeds}) >= wanted.desired_replicas
             or len(self.live()) >= wanted.max_replicas + wanted.spec.surge
         ):
             return None
@@ -256,10 +264,18 @@ class SmallWorld:
             secret="x" * 32,
             created_at=self.now,
             phase_since=self.now,
+            succeeds=succeeds,
         )
         self.replicas[number] = fresh
         self.check()
         return fresh
+
+    def _counted(self, followed: set[int | None], leaving: Iterable[int] = ()) -> int:
+        """Those of the spec in force that count against max: of a predecessor and its successor only the one does."""
+        return sum(
+            one.exists and one.spec_hash == self.replica_set.spec_hash and one.id not in {*followed, *leaving}
+            for one in self.live()
+        )
 
     def _move(self, step: Move, *, is_forced: bool = False) -> Replica | None:
         before = self.replicas[step.replica.id]
@@ -342,7 +358,10 @@ class SmallWorld:
         """On another node each time; Slurm never starts what is held."""
         assert not job.is_held
         node = f"n{job.restart_count}"
-        self.jobs[job.job_id] = replace(job, state=JobState.RUNNING, started_at=self.now, nodes=node)
+        slurm = self.replica_set.spec.slurm
+        assert slurm is not None
+        ends_at = self.now + timedelta(seconds=slurm.time_limit_seconds) if self.has_walltimes else None
+        self.jobs[job.job_id] = replace(job, state=JobState.RUNNING, started_at=self.now, ends_at=ends_at, nodes=node)
 
     def end(self, job: SlurmJob, state: JobState) -> None:
         self.jobs[job.job_id] = replace(job, state=state)
@@ -394,7 +413,10 @@ class SmallWorld:
             result = ProbeResult(passed=False, message="connection refused")
             if self._answers_probes(replica):
                 result = ProbeResult(passed=True, running=self.in_flight.get(replica.name, 0), waiting=0)
-            self.endpoints[replica.name] = observe(endpoint, result, now=self.now, rules=HEALTH_RULES)
+            self.endpoints[replica.name] = after = observe(endpoint, result, now=self.now, rules=HEALTH_RULES)
+            if after.first_ready_at is not None and endpoint.first_ready_at is None:
+                self.starts.append((after.first_ready_at - replica.created_at).total_seconds())
+                self.replica_set = replace(self.replica_set, start_lead_seconds=max(self.starts[-20:]))
 
     def _answers_probes(self, replica: Replica) -> bool:
         job = self.jobs.get(replica.slurm_job_id or 0)
@@ -431,6 +453,10 @@ class SmallWorld:
         for job in self.some_jobs(JobState.COMPLETING):
             self.end(job, JobState.CANCELLED)
         self.now += TICK
+        for job in self.some_jobs(JobState.RUNNING):
+            if job.ends_at is not None and job.ends_at <= self.now:
+                self.cut_by_walltimes += self.in_flight.get(job.name, 0)
+                self.end(job, JobState.TIMEOUT)
         self.probe()
         self.round(rng, cut_after=cut_after)
 
@@ -482,7 +508,10 @@ class SmallWorld:
         """What a fresh plan asks for stays within the bounds, and condemns nobody who was not looked at."""
         wanted, live = self.replica_set, len(self.live())
         leaves = {action.replica.id for action in actions if isinstance(action, Move) and action.to in _LEAVING}
-        stays = sum(one.exists and one.spec_hash == wanted.spec_hash and one.id not in leaves for one in self.live())
+        followed = [one.succeeds for one in self.live() if one.exists and one.succeeds is not None]
+        followed += [one.succeeds for one in actions if isinstance(one, Create) and one.succeeds is not None]
+        assert len(followed) == len(set(followed)) or len(self.asleep), f"two successors of one: {followed}"
+        stays = self._counted(set(followed), leaves)
         creates = sum(isinstance(action, Create) for action in actions)
         returns = sum(isinstance(action, Move) and action.to is Phase.RUNNING for action in actions)
         if creates:
