@@ -126,7 +126,11 @@ def decide(
     if desired > replica_set.max_replicas:
         return _move(replica_set, replica_set.max_replicas, DecisionReason.ABOVE_MAX, "more than max_replicas")
     if pressure.up:
-        starting = [one for one in replicas if is_starting(one, endpoints.get(one.name), now)]
+        replicas = tuple(replicas)
+        existing = {one.id for one in replicas if one.exists}  # a successor beside one of these is no help
+        starting = [
+            one for one in replicas if one.succeeds not in existing and is_starting(one, endpoints.get(one.name), now)
+        ]
         return _decide_up(replica_set, pressure.up, starting, now)
     if pressure.down:
         return _decide_down(replica_set, pressure, now)

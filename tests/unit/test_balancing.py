@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from random import Random
 
 import pytest
@@ -15,6 +16,7 @@ from controlplane.core.balancing import Failure, may_retry, pick
 from controlplane.core.types import RoutableEndpoint
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
+LITTLE = timedelta(seconds=1)
 NAMES = ("a", "b", "c", "d")
 
 
@@ -58,6 +60,17 @@ def test_ties_are_shared_out_by_chance() -> None:
 
 def test_nothing_is_picked_when_nothing_is_routable() -> None:
     assert pick([], {}, Random(1), now=NOW) is None
+
+
+def test_an_endpoint_that_ends_soon_gets_a_request_only_if_no_other_can_take_it() -> None:
+    ending, lasting = (
+        replace(one, yields_at=NOW + by) for one, by in zip(endpoints(["a", "b"]), (-LITTLE, LITTLE), strict=True)
+    )
+    for in_flight in ({}, {"b": 9}):
+        assert pick([ending, lasting], in_flight, Random(1), now=NOW) == lasting
+    assert pick([ending, lasting], {}, Random(1), {"b"}, now=NOW) == ending
+    assert pick([ending], {}, Random(1), now=NOW) == ending
+    assert pick([ending, lasting], {"a": 1, "b": 0}, Random(1), now=NOW - 2 * LITTLE) == lasting  # neither does yet
 
 
 @given(
