@@ -35,37 +35,37 @@ class Walltime:
     replica: Replica
     since: datetime
     ends_at: datetime
+    rules: HandOver
+    lead: timedelta
 
     @property
     def length(self) -> timedelta:
         return self.ends_at - self.since
 
-    def margin(self, rules: HandOver) -> timedelta:
-        return min(seconds(rules.margin_seconds), self.length / 4)
+    @property
+    def margin(self) -> timedelta:
+        return _margin(self.rules, self.length)
 
-    def window(self, replica_set: ReplicaSet) -> timedelta:
-        """From when a successor is due to the end; never more than half of the walltime."""
-        return min(start_lead(replica_set) + self.margin(replica_set.spec.hand_over), self.length / 2)
+    @property
+    def window(self) -> timedelta:
+        """From when its successor is due to the end; never more than half of the walltime."""
+        return min(self.lead + self.margin, self.length / 2)
 
-    def is_too_short(self, replica_set: ReplicaSet) -> bool:
-        return start_lead(replica_set) + self.margin(replica_set.spec.hand_over) > self.length / 2
+    @property
+    def soon(self) -> timedelta:
+        """From when on it is rather let go than another one, so that it needs no successor."""
+        return min(2 * self.window, self.length / 2)
 
 
 @dataclass(frozen=True, slots=True)
 class HandOvers:
     """What walltimes ask of one set, now."""
 
-    going: tuple[Replica, ...] = ()  # due, or with a successor already; the soonest end first
-    successors: Mapping[int, Replica] | None = None  # by the predecessor's id: those that exist
-    last_call: frozenset[str] = frozenset()  # names: to be drained now, whoever follows
-    soon: Mapping[str, datetime] | None = None  # ends by name: rather let go of these than of others
-    reports: tuple[Report, ...] = ()
-
-    def has_successor(self, replica: Replica) -> bool:
-        return replica.id in (self.successors or {})
-
-    def ends_soon(self, replica: Replica) -> bool:
-        return replica.name in (self.soon or {})
+    going: tuple[Replica, ...]  # due, or with a successor already; the soonest end first
+    successors: Mapping[int, Replica]  # by the predecessor's id: those that exist
+    last_call: frozenset[str]  # names: to be drained now, whoever follows
+    soon: frozenset[str]  # names: rather let go of these than of others
+    reports: tuple[Report, ...]
 
 
 def start_lead(replica_set: ReplicaSet) -> timedelta:
@@ -77,7 +77,11 @@ def start_lead(replica_set: ReplicaSet) -> timedelta:
 
 def yields_at(rules: HandOver, running_since: datetime, ends_at: datetime) -> datetime:
     """From when on a successor should serve instead, and new requests go to others if there are any."""
-    return ends_at - min(seconds(rules.margin_seconds), (ends_at - running_since) / 4)
+    return ends_at - _margin(rules, ends_at - running_since)
+
+
+def _margin(rules: HandOver, length: timedelta) -> timedelta:
+    return min(seconds(rules.margin_seconds), length / 4)
 
 
 def look(
@@ -92,31 +96,42 @@ def look(
 ) -> HandOvers:
     """Whose walltime ends so soon that it matters. `target`: how many replicas are wanted."""
     replicas = tuple(replicas)
+    slots = replica_set.max_replicas + replica_set.spec.surge - target
+    walltimes = _walltimes(replica_set, replicas, ends_at)
+    served = [one for one in walltimes if one.replica.phase is Phase.RUNNING and _has_served(one.replica, endpoints)]
+    of_spec = [one for one in served if one.replica.spec_hash == replica_set.spec_hash]
+    successors = {one.succeeds: one for one in replicas if one.exists and one.succeeds is not None}
+    going: list[Replica] = []
+    reports = _too_short(replica_set, of_spec)
+    for one, due_at in zip(of_spec, _due(of_spec, slots), strict=True):
+        successor, subject = successors.get(one.replica.id), f"hand-over of {one.replica.name}"
+        if successor is None and now < due_at:
+            continue
+        if successor is None and closing is not None and _is_in_vain(one, replica_set, closing):
+            reports.append(Report(subject, f"no successor before its walltime ends: {closing.opening}"))
+            continue
+        going.append(one.replica)
+        if (trouble := _trouble(one, successor, endpoints, has_room=slots > 0, now=now)) is not None:
+            reports.append(Report(subject, trouble))
+    calls = [one for one in served if now >= one.ends_at - _last_call(one, has_room=slots > 0)]
+    return HandOvers(
+        going=tuple(going),
+        successors=successors,
+        last_call=frozenset(one.replica.name for one in calls),
+        soon=frozenset(one.replica.name for one in walltimes if now >= one.ends_at - one.soon),
+        reports=tuple(reports) if target else (),
+    )
+
+
+def _walltimes(replica_set: ReplicaSet, replicas: Iterable[Replica], ends_at: Mapping[str, datetime]) -> list[Walltime]:
+    """The soonest end first."""
+    rules, lead = replica_set.spec.hand_over, start_lead(replica_set)
     walltimes = [
-        Walltime(one, one.running_since, ends_at[one.name])
+        Walltime(one, one.running_since, ends_at[one.name], rules, lead)
         for one in replicas
         if one.running_since is not None and one.name in ends_at and ends_at[one.name] > one.running_since
     ]
-    soon = {one.replica.name: one.ends_at for one in walltimes if now >= one.ends_at - 2 * one.window(replica_set)}
-    served = [one for one in walltimes if one.replica.phase is Phase.RUNNING and _has_served(one.replica, endpoints)]
-    served.sort(key=lambda one: (one.ends_at, one.replica.id))
-    slots = replica_set.max_replicas + replica_set.spec.surge - target
-    successors = {one.succeeds: one for one in replicas if one.exists and one.succeeds is not None}
-    of_spec = [one for one in served if one.replica.spec_hash == replica_set.spec_hash]
-    due = _due(replica_set, of_spec, slots)
-    going = [
-        one
-        for one, due_at in zip(of_spec, due, strict=True)
-        if one.replica.id in successors or (now >= due_at and not _is_in_vain(one, replica_set, closing))
-    ]
-    calls = [one for one in served if now >= one.ends_at - _last_call(one, replica_set, slots)]
-    return HandOvers(
-        going=tuple(one.replica for one in going),
-        successors=successors,
-        last_call=frozenset(one.replica.name for one in calls),
-        soon=soon,
-        reports=tuple(_reports(replica_set, of_spec, due, going, successors, endpoints, closing, slots, target, now)),
-    )
+    return sorted(walltimes, key=lambda one: (one.ends_at, one.replica.id))
 
 
 def _has_served(replica: Replica, endpoints: Mapping[str, Endpoint]) -> bool:
@@ -125,65 +140,51 @@ def _has_served(replica: Replica, endpoints: Mapping[str, Endpoint]) -> bool:
     return endpoint is not None and endpoint.first_ready_at is not None
 
 
-def _due(replica_set: ReplicaSet, walltimes: Sequence[Walltime], slots: int) -> list[datetime]:
-    """When each, the soonest end first, needs its successor created, so that `slots` at a time suffice."""
+def _due(walltimes: Sequence[Walltime], slots: int) -> list[datetime]:
+    """When each of these needs its successor created, so that `slots` at a time suffice."""
+    at_once = max(1, slots)
     due: list[datetime] = []  # the latest end first
     for number, one in enumerate(reversed(walltimes)):
-        window = one.window(replica_set)
         # with no room beside, the successor begins when the predecessor has left: an early start gains nothing
-        at = one.ends_at - (window if slots > 0 else one.margin(replica_set.spec.hand_over))
-        if number >= max(1, slots):
-            at = min(at, due[number - max(1, slots)] - window)
+        at = one.ends_at - (one.window if slots > 0 else one.margin)
+        if number >= at_once:
+            at = min(at, due[number - at_once] - one.window)
         due.append(max(at, one.ends_at - one.length / 2))
     return due[::-1]
 
 
-def _is_in_vain(one: Walltime, replica_set: ReplicaSet, closing: Closing | None) -> bool:
+def _is_in_vain(one: Walltime, replica_set: ReplicaSet, closing: Closing) -> bool:
     """Would a successor have to end with its predecessor, because a reservation begins?"""
     resources = replica_set.spec.slurm
     assert resources is not None  # only sets that Slurm runs have walltimes
-    return closing is not None and one.ends_at + seconds(resources.min_time_limit_seconds) > closing.at
+    return one.ends_at + seconds(resources.min_time_limit_seconds) > closing.at
 
 
-def _last_call(one: Walltime, replica_set: ReplicaSet, slots: int) -> timedelta:
-    margin = one.margin(replica_set.spec.hand_over)
-    return min(margin / 2, _LAST_CALL) if slots > 0 else margin
+def _last_call(one: Walltime, *, has_room: bool) -> timedelta:
+    return min(one.margin / 2, _LAST_CALL) if has_room else one.margin
 
 
 # --- what an operator should know --------------------------------------------------------------------------
 
 
-def _reports(
-    replica_set: ReplicaSet,
-    of_spec: Sequence[Walltime],
-    due: Sequence[datetime],
-    going: Sequence[Walltime],
-    successors: Mapping[int, Replica],
-    endpoints: Mapping[str, Endpoint],
-    closing: Closing | None,
-    slots: int,
-    target: int,
-    now: datetime,
-) -> Iterable[Report]:
-    rules = replica_set.spec.hand_over
-    if target and (short := next((one for one in of_spec if one.is_too_short(replica_set)), None)) is not None:
-        needs = f"{start_lead(replica_set).total_seconds():.0f} s to start and a margin of {rules.margin_seconds} s"
-        length = f"{short.length.total_seconds():.0f} s"
-        message = f"a walltime of {length} is too short to be handed over in time: it takes {needs}"
-        yield Report(f"walltimes of {replica_set.name}", message)
-    for one, due_at in zip(of_spec, due, strict=True):
-        subject, end = f"hand-over of {one.replica.name}", f"{one.ends_at:%H:%M:%S}"
-        successor = successors.get(one.replica.id)
-        if one not in going:
-            if target and now >= due_at and closing is not None:
-                yield Report(subject, f"no successor before its walltime ends: {closing.opening}")
-        elif slots <= 0:
-            yield Report(subject, f"no room for a successor beside it: it leaves first, its walltime ends at {end}")
-        elif now >= yields_at(rules, one.since, one.ends_at) and not _serves(successor, endpoints):
-            whose = f"{successor.name} is {successor.phase}" if successor is not None else "it has no successor"
-            yield Report(subject, f"hand-over is late: {whose}, and the walltime ends at {end}")
+def _too_short(replica_set: ReplicaSet, walltimes: Iterable[Walltime]) -> list[Report]:
+    for one in walltimes:
+        if one.lead + one.margin > one.length / 2:
+            needs = f"{one.lead.total_seconds():.0f} s to start and a margin of {one.margin.total_seconds():.0f} s"
+            length = f"{one.length.total_seconds():.0f} s"
+            message = f"a walltime of {length} is too short to be handed over in time: it takes {needs}"
+            return [Report(f"walltimes of {replica_set.name}", message)]
+    return []
 
 
-def _serves(replica: Replica | None, endpoints: Mapping[str, Endpoint]) -> bool:
-    endpoint = endpoints.get(replica.name) if replica is not None else None
-    return endpoint is not None and endpoint.health is Health.READY
+def _trouble(
+    one: Walltime, successor: Replica | None, endpoints: Mapping[str, Endpoint], *, has_room: bool, now: datetime
+) -> str | None:
+    end = f"{one.ends_at:%H:%M:%S}"
+    if not has_room:
+        return f"no room for a successor beside it: it leaves first, its walltime ends at {end}"
+    endpoint = endpoints.get(successor.name) if successor is not None else None
+    if now < one.ends_at - one.margin or (endpoint is not None and endpoint.health is Health.READY):
+        return None
+    whose = f"{successor.name} is {successor.phase}" if successor is not None else "it has no successor"
+    return f"hand-over is late: {whose}, and the walltime ends at {end}"

@@ -100,7 +100,7 @@ def plan(scene: Scene, *, now: datetime, rules: PlanRules) -> list[Action]:
         reason = Reason.SCALED_DOWN
         if scene.target > 0 and replica in outdated:
             reason = Reason.ROLLED
-        elif scene.target > 0 and replica in going and (walltimes.has_successor(replica) or not is_one_too_many):
+        elif scene.target > 0 and replica in going and (replica.id in walltimes.successors or not is_one_too_many):
             reason = Reason.HANDED_OVER
         if (step := let_go(replica, reason, now=now, ends_at=scene.ends_at.get(replica.name))) is not None:
             actions.append(step)
@@ -108,10 +108,10 @@ def plan(scene: Scene, *, now: datetime, rules: PlanRules) -> list[Action]:
     pending = [replica for replica in staying if replica.phase is Phase.PENDING and replica not in leaving]
     actions.extend(_submit(scene, replica, now) for replica in pending)
     missing = _missing(scene, current, outdated)
-    back = [replica for replica in returnable if not walltimes.ends_soon(replica)][: max(0, missing)]
+    back = [replica for replica in returnable if replica.name not in walltimes.soon][: max(0, missing)]
     actions.extend(Move(replica, Phase.RUNNING, message="wanted again before it was drained") for replica in back)
     wanted = max(0, scene.target - len(current) - len(going)) - len(back)  # what no predecessor makes room for
-    unfollowed = [replica.id for replica in going if not walltimes.has_successor(replica)]
+    unfollowed = [replica.id for replica in going if replica.id not in walltimes.successors]
     places: list[int | None] = [*[None] * wanted, *unfollowed]
     actions.extend(_additions(scene, current, places[: max(0, missing - len(back))], now, rules))
     actions.extend(walltimes.reports)
@@ -348,7 +348,7 @@ def _in_leaving_order(scene: Scene, replicas: Iterable[Replica], walltimes: Hand
         endpoint = scene.endpoint(replica)
         in_flight = (endpoint.running or 0) + (endpoint.waiting or 0) if endpoint is not None else 0
         ends_at = scene.ends_at.get(replica.name, _NO_KNOWN_END)
-        ends_soon = ends_at if walltimes.ends_soon(replica) else _NO_KNOWN_END
+        ends_soon = ends_at if replica.name in walltimes.soon else _NO_KNOWN_END
         phase = _LEAVING_ORDER.index(replica.phase)
         return (phase, scene.is_serving(replica), ends_soon, in_flight, ends_at, -replica.id)
 
