@@ -61,6 +61,7 @@ class ReplicaOptions:
     interval_seconds: float = 5.0
     stale_after: timedelta = timedelta(minutes=15)  # an alert that nobody confirmed for so long presses no more
     orphan_grace: timedelta = timedelta(minutes=5)
+    reservations_good_for: timedelta = timedelta(seconds=30)  # then they are read again
     rules: PlanRules = field(default_factory=PlanRules)
 
 
@@ -96,7 +97,7 @@ class ReplicaLoop:
         self._options = options
         self._metrics = metrics
         self._clock = clock
-        self._reservations = ReservationWatch(slurm)
+        self._reservations = ReservationWatch(slurm, good_for=options.reservations_good_for)
         self._orphans: dict[int, datetime] = {}  # job id -> first seen
         self._pressing_since: dict[str, datetime] = {}  # replica set -> when the alert it still answers began
         self._reported: dict[str, str] = {}

@@ -22,14 +22,16 @@ async def watch(client: SlurmClient, slurmrestd: Slurmrestd, *answers: Reply) ->
     slurmrestd.answer("GET", "ping", (200, {"pings": []}))
     slurmrestd.answer("GET", "reservations", *answers)
     slurmrestd.answer("GET", "partitions", (200, {"partitions": [{"name": "gpu", "nodes": "n1"}]}))
-    return ReservationWatch(client)
+    return ReservationWatch(client, good_for=timedelta(seconds=30))
 
 
 def is_closing(watching: ReservationWatch) -> bool:
     return watching.calendar.closing(SlurmResources(60, "gpu"), NOW) is not None
 
 
-async def test_reservations_are_read_every_half_a_minute(client: SlurmClient, slurmrestd: Slurmrestd) -> None:
+async def test_reservations_are_read_again_when_what_is_known_is_too_old(
+    client: SlurmClient, slurmrestd: Slurmrestd
+) -> None:
     watching = await watch(client, slurmrestd, TOLD, (200, {"reservations": []}))
     for age, closes in ((0, True), (29, True), (30, False)):
         await watching.refresh(NOW + timedelta(seconds=age))

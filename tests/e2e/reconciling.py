@@ -114,7 +114,13 @@ async def reconciling(
         actions = ActionOptions(slurm.jobs_directory, ScriptOptions(shutdown_timeout_seconds=5), instance_id)
         actor = Actor(db, client, actions, utc_now, random.Random(7))
         settle = PlanRules(drain_settle=timedelta(seconds=2))
-        rules = ReplicaOptions(instance_id, interval_seconds=0.3, orphan_grace=orphan_grace, rules=settle)
+        rules = ReplicaOptions(
+            instance_id,
+            interval_seconds=0.3,
+            orphan_grace=orphan_grace,
+            reservations_good_for=timedelta(seconds=1),
+            rules=settle,
+        )
         limits = ProbeLimits(token_timeout_seconds=token_timeout_seconds)
         looking = EndpointOptions(interval_seconds=0.3, ready_interval_seconds=0.3, limits=limits)
         probing = EndpointLoop(db, looking, utc_now, http)

@@ -9,7 +9,7 @@ While it is blind every call fails, as the reconciler's are not even made; rows 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from enum import Enum, auto
@@ -270,7 +270,7 @@ class SmallWorld:
         self.check()
         return fresh
 
-    def _counted(self, followed: set[int | None], leaving: Iterable[int] = ()) -> int:
+    def _counted(self, followed: Collection[int | None], leaving: Iterable[int] = ()) -> int:
         """Those of the spec in force that count against max: of a predecessor and its successor only the one does."""
         return sum(
             one.exists and one.spec_hash == self.replica_set.spec_hash and one.id not in {*followed, *leaving}
@@ -508,10 +508,11 @@ class SmallWorld:
         """What a fresh plan asks for stays within the bounds, and condemns nobody who was not looked at."""
         wanted, live = self.replica_set, len(self.live())
         leaves = {action.replica.id for action in actions if isinstance(action, Move) and action.to in _LEAVING}
-        followed = [one.succeeds for one in self.live() if one.exists and one.succeeds is not None]
-        followed += [one.succeeds for one in actions if isinstance(one, Create) and one.succeeds is not None]
-        assert len(followed) == len(set(followed)) or len(self.asleep), f"two successors of one: {followed}"
-        stays = self._counted(set(followed), leaves)
+        followed = {one.succeeds for one in self.live() if one.exists and one.succeeds is not None}
+        for predecessor in (one.succeeds for one in actions if isinstance(one, Create) and one.succeeds is not None):
+            assert predecessor not in followed, f"cp-s-{predecessor} would have two successors"
+            followed.add(predecessor)
+        stays = self._counted(followed, leaves)
         creates = sum(isinstance(action, Create) for action in actions)
         returns = sum(isinstance(action, Move) and action.to is Phase.RUNNING for action in actions)
         if creates:
