@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from controlplane.core.hand_over import CANCEL_LEAD, HandOvers, look
+from controlplane.core.hand_over import CANCEL_LEAD, HandOvers, look, start_lead
 from controlplane.core.reservations import Closing, fit
 from controlplane.core.types import (
     LIVE_PHASES,
@@ -292,7 +292,7 @@ def _submit(scene: Scene, replica: Replica, now: datetime) -> Action:
 def _limit(scene: Scene, replica: Replica | None, now: datetime) -> TimeLimit | Closing | None:
     resources = (replica or scene.replica_set).spec.slurm
     assert resources is not None  # only sets that Slurm runs are planned
-    return fit(resources, scene.closing, now)
+    return fit(resources, scene.closing, lead=start_lead(scene.replica_set), now=now)
 
 
 def _additions(

@@ -80,15 +80,20 @@ def closing_of(
     return Closing(f"{kind} {last.name}", last.starts_at, last.ends_at)
 
 
-def fit(resources: SlurmResources, closing: Closing | None, now: datetime) -> TimeLimit | Closing | None:
+def fit(
+    resources: SlurmResources, closing: Closing | None, *, lead: timedelta, now: datetime
+) -> TimeLimit | Closing | None:
     """The shorter time limit to ask for; None if the spec's fits; the closing itself if there is nothing but to wait.
 
-    In whole minutes, as Slurm counts.
+    In whole minutes, as Slurm counts. `lead`: what a start takes, of which the job may spend any part in the queue.
     """
     wanted = seconds(resources.time_limit_seconds)
-    if closing is None or now + wanted + _SLACK <= closing.at:
+    if closing is None:
         return None
-    left = (closing.at - now - _SLACK) // _MINUTE * _MINUTE
+    available = closing.at - now - lead - _SLACK
+    if wanted <= available:
+        return None
+    left = available // _MINUTE * _MINUTE
     if left < min(max(seconds(resources.min_time_limit_seconds), _MINUTE), wanted):
         return closing
     limit = int(left.total_seconds())

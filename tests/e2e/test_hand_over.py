@@ -149,7 +149,7 @@ async def test_a_job_that_would_reach_into_a_maintenance_asks_for_less_time_and_
         assert replica.message is not None
         assert "asked for instead of 43200 s: maintenance reservation fans begins at" in replica.message
         minutes = slurm.run("squeue", "--noheader", "--format=%l", f"--jobs={replica.slurm_job_id}").split(":")[0]
-        assert int(minutes) in range(50, 60)
+        assert int(minutes) in range(40, 60)  # less what a start is thought to take
 
 
 async def test_a_job_that_a_maintenance_leaves_too_little_time_waits_and_says_so(

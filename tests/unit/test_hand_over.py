@@ -311,8 +311,8 @@ HALF_AN_HOUR: dict[str, Any] = {"slurm": SlurmResources(WALLTIME, min_time_limit
 
 
 def test_what_is_created_or_submitted_asks_for_what_a_reservation_leaves() -> None:
-    limit = TimeLimit(2640, "2640 s asked for instead of 3600 s: reservation r begins at 2026-01-01 12:45:30")
-    given = scene(a_short_set(**HALF_AN_HOUR), [], closing=closing_in(2730))
+    limit = TimeLimit(2400, "2400 s asked for instead of 3600 s: reservation r begins at 2026-01-01 12:45:30")
+    given = scene(a_short_set(**HALF_AN_HOUR), [], closing=closing_in(2730))  # of which 200 are for the start
     assert planned(given) == [Create("s", limit=limit)]
     pending = a_replica(1, PENDING, spec=given.replica_set.spec)
     assert planned(replace(given, replicas=(pending,))) == [Submit(pending, limit)]

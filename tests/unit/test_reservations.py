@@ -64,7 +64,7 @@ def test_a_job_is_measured_by_the_nodes_of_its_own_partitions() -> None:
 
 
 @pytest.mark.parametrize(
-    ("closes_in", "wanted", "least", "asked"),
+    ("closes_in", "wanted", "least", "asked"),  # with a lead of no time
     [
         (timedelta(hours=3), 3600, 1800, None),  # fits
         (timedelta(seconds=3690), 3600, 1800, None),  # just fits, with slack
@@ -82,7 +82,7 @@ def test_a_job_asks_for_what_fits_before_the_reservation_or_waits(
     closes_in: timedelta, wanted: int, least: int, asked: int | str | None
 ) -> None:
     closing = Closing("reservation r", NOW + closes_in, NOW + 9 * HOUR)
-    fitting = fit(SlurmResources(wanted, min_time_limit_seconds=least), closing, NOW)
+    fitting = fit(SlurmResources(wanted, min_time_limit_seconds=least), closing, lead=timedelta(0), now=NOW)
     if asked == "waits":
         assert fitting is closing
     else:
@@ -91,21 +91,25 @@ def test_a_job_asks_for_what_fits_before_the_reservation_or_waits(
 
 def test_a_shorter_limit_and_a_wait_say_why() -> None:
     closing = Closing("maintenance reservation fans", NOW + 2 * HOUR, NOW + 5 * HOUR)
-    shorter = fit(SlurmResources(43200), closing, NOW)
+    shorter = fit(SlurmResources(43200), closing, lead=timedelta(minutes=20), now=NOW)
     assert isinstance(shorter, TimeLimit)
     begins = "maintenance reservation fans begins at 2026-01-01 14:00:00"
-    assert shorter.why == f"7080 s asked for instead of 43200 s: {begins}"
+    assert shorter.why == f"5880 s asked for instead of 43200 s: {begins}"
     assert closing.waiting == f"nothing is submitted before 2026-01-01 17:00:00: {begins}"
 
 
-@given(left=st.integers(-4000, 9000), wanted=st.integers(60, 7200), least=st.integers(1, 7200))
-def test_no_job_is_asked_for_that_reaches_into_a_reservation(left: int, wanted: int, least: int) -> None:
-    closing = Closing("r", ago(-left), ago(-left - 60))
-    fitting = fit(SlurmResources(wanted, min_time_limit_seconds=least), closing, NOW)
+@given(
+    left=st.integers(-4000, 9000), wanted=st.integers(60, 7200), least=st.integers(1, 7200), queued=st.integers(0, 900)
+)
+def test_no_job_that_starts_within_its_lead_reaches_into_a_reservation(
+    left: int, wanted: int, least: int, queued: int
+) -> None:
+    closing, lead = Closing("r", ago(-left), ago(-left - 60)), timedelta(seconds=queued)
+    fitting = fit(SlurmResources(wanted, min_time_limit_seconds=least), closing, lead=lead, now=NOW)
     if fitting is not closing:
         seconds = fitting.seconds if isinstance(fitting, TimeLimit) else wanted
         assert min(least, wanted) <= seconds <= wanted
-        assert NOW + timedelta(seconds=seconds) < closing.at
+        assert NOW + lead + timedelta(seconds=seconds) < closing.at
 
 
 # --- lists of nodes ----------------------------------------------------------------------------------------
