@@ -10,7 +10,7 @@ SYSTEM_PYTHON = $(shell for python in /usr/bin/python3 python3; do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slurm-matrix kill-rounds bench-webhooks check lock clean packages python
+.PHONY: help setup demo test test-slurm-matrix kill-rounds hand-over bench-webhooks check lock clean packages python
 
 help: ## say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,8 @@ kill-rounds: setup ## kill the control plane ROUNDS times at random moments; SEE
 
 bench-webhooks: setup ## offer 1,000 webhook posts a second for 10 s, and look for each accepted one in the database
 	@$(PYTHON) -m tests.benchmarks.webhooks
+hand-over: setup ## show three generations of walltimes of two minutes end under load; takes six minutes
+	@HAND_OVER_GENERATIONS=3 $(VENV)/bin/pytest -q --capture=no --log-cli-level=ERROR tests/e2e/test_hand_over.py -k generations
 
 check: python ## lint, formatting, types, and who may import whom
 	@$(VENV)/bin/ruff check

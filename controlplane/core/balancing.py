@@ -2,12 +2,14 @@
 
 Least in-flight: the work of one request differs a thousandfold between prompts, so that taking turns would pile the
 long ones up somewhere; counting what is unfinished does not. Ties are broken by chance, because several proxies count
-apart and would otherwise all choose the same endpoint.
+apart and would otherwise all choose the same endpoint. An endpoint whose walltime is about to end gets new requests
+only if no other can take them: a request that it is given may not find the time to finish.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from datetime import datetime
 from enum import StrEnum
 from random import Random
 
@@ -32,14 +34,17 @@ def pick(
     in_flight: Mapping[str, int],
     rng: Random,
     excluded: Collection[str] = (),
+    *,
+    now: datetime,
 ) -> RoutableEndpoint | None:
-    """One of the endpoints with the fewest requests in flight; None when all are excluded.
+    """One of the endpoints that last, with the fewest requests in flight; None when all are excluded.
 
     `in_flight` and `excluded` go by URL: that is what has a load, and what can be unreachable.
     """
     candidates = [endpoint for endpoint in endpoints if endpoint.url not in excluded]
     if not candidates:
         return None
+    candidates = [one for one in candidates if one.yields_at is None or now < one.yields_at] or candidates
     fewest = min(in_flight.get(endpoint.url, 0) for endpoint in candidates)
     return rng.choice([endpoint for endpoint in candidates if in_flight.get(endpoint.url, 0) == fewest])
 

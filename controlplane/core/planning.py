@@ -4,9 +4,10 @@ A plan may be cut short after any action, or carried out twice: planning again f
 never makes more than `max_replicas` that are to stay exist, nor more than `max_replicas + surge` jobs live. To stay
 are those of the spec in force, except on a node that is being drained: their successors start beside them.
 
-Whom to let go: PENDING, SUBMITTING (which has to be waited for), QUEUED, RUNNING but not ready, then the fewest
-requests in flight, then the least walltime left, then the newest. What runs always drains first: it may
-have become ready, and been given requests, since it was looked at. The drain of one that never was ready ends at once.
+Whom to let go: PENDING, SUBMITTING (which has to be waited for), QUEUED, RUNNING but not ready, then those whose
+walltime ends soon, then the fewest requests in flight, then the least walltime left, then the newest. What runs always
+drains first: it may have become ready, and been given requests, since it was looked at. The drain of one that never
+was ready ends at once. Replicas whose walltime ends (`hand_over`) are counted no more once their successor is.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from controlplane.core.back_off import BackOff, BackOffRules, backing_off
+from controlplane.core.hand_over import CANCEL_LEAD, HandOvers, look, start_lead
+from controlplane.core.reservations import Closing, fit
 from controlplane.core.types import (
     LIVE_PHASES,
     Action,
@@ -30,6 +33,7 @@ from controlplane.core.types import (
     ReplicaSet,
     Report,
     Submit,
+    TimeLimit,
     seconds,
 )
 
@@ -55,6 +59,7 @@ class Scene:
     to_replace: frozenset[str]  # names that an alert asks to replace
     to_vacate: Mapping[str, datetime] = field(default_factory=dict)  # names on nodes being drained, since when
     forgiven_at: datetime | None = None  # an operator said to try again: what ended before does not count
+    closing: Closing | None = None  # reservations leave its jobs no node from then on
 
     @property
     def target(self) -> int:
@@ -85,37 +90,59 @@ def plan(scene: Scene, *, now: datetime, rules: PlanRules) -> list[Action]:
         elif _could_return(scene, replica):
             returnable.append(replica)
 
-    current = [replica for replica in staying if _is_to_stay(scene, replica)]
-    outdated = [replica for replica in staying if replica not in current]
-    leaving = _too_many(scene, current) + _superseded(scene, current, outdated)
+    walltimes = look(
+        scene.replica_set, scene.replicas, scene.endpoints, scene.ends_at, scene.closing, target=scene.target, now=now
+    )
+    outdated = [replica for replica in staying if not _is_to_stay(scene, replica)]
+    going = [replica for replica in walltimes.going if replica in staying and replica not in outdated]
+    current = [replica for replica in staying if replica not in outdated and replica not in going]
+    leaving = _too_many(scene, current, walltimes) + _superseded(scene, current, outdated, going, walltimes)
+    is_one_too_many = len(current) + len(going) > scene.target
     for replica in leaving:
-        reason = _reason_to_leave(scene, replica) if replica in outdated and scene.target > 0 else Reason.SCALED_DOWN
-        if (step := let_go(replica, reason, now=now)) is not None:
+        reason = Reason.SCALED_DOWN
+        if scene.target > 0 and replica in outdated:
+            reason = _reason_to_leave(scene, replica)
+        elif scene.target > 0 and replica in going and (replica.id in walltimes.successors or not is_one_too_many):
+            reason = Reason.HANDED_OVER
+        if (step := let_go(replica, reason, now=now, ends_at=scene.ends_at.get(replica.name))) is not None:
             actions.append(step)
-    actions.extend(Submit(replica) for replica in staying if replica.phase is Phase.PENDING and replica not in leaving)
+    actions.extend(_last_calls(scene, [one for one in staying if one not in leaving], walltimes, now))
+    pending = [replica for replica in staying if replica.phase is Phase.PENDING and replica not in leaving]
+    actions.extend(_submit(scene, replica, now) for replica in pending)
     missing = _missing(scene, current, outdated)
-    back = returnable[: max(0, missing)]
+    back = [replica for replica in returnable if replica.name not in walltimes.soon][: max(0, missing)]
     actions.extend(Move(replica, Phase.RUNNING, message="wanted again before it was drained") for replica in back)
+    wanted = max(0, scene.target - len(current) - len(going)) - len(back)  # what no predecessor makes room for
+    unfollowed = [replica.id for replica in going if replica.id not in walltimes.successors]
+    places: list[int | None] = [*[None] * wanted, *unfollowed]
     beside = tuple(replica.name for replica in outdated if replica.name in scene.to_vacate)
-    actions.extend(_additions(scene, current, missing - len(back), now, rules, beside))
+    actions.extend(_additions(scene, current, places[: max(0, missing - len(back))], now, rules, beside))
+    actions.extend(walltimes.reports)
     return actions
 
 
-def let_go(replica: Replica, reason: Reason, *, now: datetime) -> Move | None:
-    """How this replica leaves: drained if its job runs. None: it must be waited for (SUBMITTING), or leaves already."""
+def let_go(replica: Replica, reason: Reason, *, now: datetime, ends_at: datetime | None = None) -> Move | None:
+    """How this replica leaves: drained if its job runs. None: it must be waited for (SUBMITTING), or leaves already.
+
+    `ends_at`: its walltime's end, before which a drain has to be over.
+    """
     match replica.phase:
         case Phase.PENDING:
             return Move(replica, Phase.ENDED, reason=reason, message="nothing had been asked of Slurm")
         case Phase.QUEUED:
             return Move(replica, Phase.STOPPING, reason=reason)
         case Phase.RUNNING:
-            return _drain(replica, reason, now=now)
+            return _drain(replica, reason, now=now, ends_at=ends_at)
         case _:
             return None
 
 
-def _drain(replica: Replica, reason: Reason, message: str | None = None, *, now: datetime) -> Move:
+def _drain(
+    replica: Replica, reason: Reason, message: str | None = None, *, now: datetime, ends_at: datetime | None
+) -> Move:
     deadline = now + seconds(replica.spec.drain_timeout_seconds)
+    if ends_at is not None:
+        deadline = max(now, min(deadline, ends_at - CANCEL_LEAD))
     return Move(replica, Phase.DRAINING, reason=reason, message=message, drain_deadline=deadline)
 
 
@@ -123,13 +150,13 @@ def _drain(replica: Replica, reason: Reason, message: str | None = None, *, now:
 
 
 def _own_step(scene: Scene, replica: Replica, now: datetime) -> Move | None:
-    endpoint = scene.endpoint(replica)
+    endpoint, ends_at = scene.endpoint(replica), scene.ends_at.get(replica.name)
     if replica.phase is Phase.DRAINING:
         return _drained(replica, endpoint, now)
     if replica.name in scene.to_replace and (not scene.is_serving(replica) or _is_turn_to_be_replaced(scene, replica)):
-        return let_go(replica, Reason.REPLACED, now=now)
+        return let_go(replica, Reason.REPLACED, now=now, ends_at=ends_at)
     if _must_vacate_now(scene, replica, now):
-        return let_go(replica, Reason.NODE_DRAINED, now=now)
+        return let_go(replica, Reason.NODE_DRAINED, now=now, ends_at=ends_at)
     if replica.phase is not Phase.RUNNING:
         return None
     if endpoint is None or endpoint.failing_since is None or endpoint.probed_at is None or not endpoint.fails:
@@ -138,9 +165,9 @@ def _own_step(scene: Scene, replica: Replica, now: datetime) -> Move | None:
     if endpoint.health is Health.UNPROVEN and fails_for > seconds(replica.spec.start_timeout_seconds):
         said = f": {endpoint.message}" if endpoint.message else ""
         message = f"not ready {replica.spec.start_timeout_seconds} s after it was first looked at{said}"
-        return _drain(replica, Reason.START_TIMEOUT, message, now=now)
+        return _drain(replica, Reason.START_TIMEOUT, message, now=now, ends_at=ends_at)
     if endpoint.health is Health.FAILING and fails_for > seconds(replica.spec.unhealthy_timeout_seconds):
-        return _drain(replica, Reason.UNHEALTHY, endpoint.message, now=now)
+        return _drain(replica, Reason.UNHEALTHY, endpoint.message, now=now, ends_at=ends_at)
     return None
 
 
@@ -215,9 +242,9 @@ def _drained(replica: Replica, endpoint: Endpoint | None, now: datetime) -> Move
 # --- what the count asks for -----------------------------------------------------------------------------
 
 
-def _too_many(scene: Scene, current: list[Replica]) -> list[Replica]:
+def _too_many(scene: Scene, current: list[Replica], walltimes: HandOvers) -> list[Replica]:
     excess = len(current) - scene.target
-    return _in_leaving_order(scene, current)[:excess] if excess > 0 else []
+    return _in_leaving_order(scene, current, walltimes)[:excess] if excess > 0 else []
 
 
 def _is_to_stay(scene: Scene, replica: Replica) -> bool:
@@ -228,16 +255,20 @@ def _reason_to_leave(scene: Scene, replica: Replica) -> Reason:
     return Reason.ROLLED if replica.spec_hash != scene.replica_set.spec_hash else Reason.NODE_DRAINED
 
 
-def _superseded(scene: Scene, current: list[Replica], outdated: list[Replica]) -> list[Replica]:
+def _superseded(
+    scene: Scene, current: list[Replica], outdated: list[Replica], going: list[Replica], walltimes: HandOvers
+) -> list[Replica]:
     """Of an older spec, or on a node being drained: what serves nothing leaves at once, the rest one by one.
 
     One leaves for each successor that is ready.
 
+    So do those whose walltime is about to end, but for what serves nothing: it may serve again before its successor.
     Where no surge lets a successor start beside them, they make room one by one: only while every live replica serves.
     """
-    serving = [replica for replica in _in_leaving_order(scene, outdated) if _may_serve(scene, replica)]
-    useless = [replica for replica in outdated if not _may_serve(scene, replica)]
+    both = outdated + going
+    serving = [replica for replica in _in_leaving_order(scene, both, walltimes) if _may_serve(scene, replica)]
     ready = sum(scene.is_serving(replica) for replica in current)
+    useless = [one for one in both if one not in serving and (one in outdated or ready >= scene.target)]
     spare = max(0, ready + len(serving) - scene.target)
     if _live(scene) == ready + len(serving) == scene.target and _room(scene) <= 0:
         spare = 1
@@ -266,18 +297,48 @@ def _could_return(scene: Scene, replica: Replica) -> bool:
     )
 
 
+def _last_calls(scene: Scene, staying: list[Replica], walltimes: HandOvers, now: datetime) -> list[Action]:
+    """Walltimes that end before a successor serves: better no new requests than broken ones."""
+    message = "its walltime ends before a successor serves"
+    return [
+        _drain(replica, Reason.TIME_LIMIT, message, now=now, ends_at=scene.ends_at.get(replica.name))
+        for replica in staying
+        if replica.name in walltimes.last_call
+    ]
+
+
+def _submit(scene: Scene, replica: Replica, now: datetime) -> Action:
+    limit = _limit(scene, replica, now)
+    return Report(replica.name, limit.waiting) if isinstance(limit, Closing) else Submit(replica, limit)
+
+
+def _limit(scene: Scene, replica: Replica | None, now: datetime) -> TimeLimit | Closing | None:
+    resources = (replica or scene.replica_set).spec.slurm
+    assert resources is not None  # only sets that Slurm runs are planned
+    return fit(resources, scene.closing, lead=start_lead(scene.replica_set), now=now)
+
+
 def _additions(
-    scene: Scene, current: list[Replica], missing: int, now: datetime, rules: PlanRules, beside: tuple[str, ...]
+    scene: Scene,
+    current: list[Replica],
+    places: list[int | None],
+    now: datetime,
+    rules: PlanRules,
+    beside: tuple[str, ...],
 ) -> list[Action]:
-    missing = min(missing, _room(scene))
+    """Further replicas; `places` holds the id of the predecessor each of them succeeds, if any."""
+    missing = min(len(places), _room(scene))
     if missing <= 0:
         return []
+    limit = _limit(scene, None, now)
+    if isinstance(limit, Closing):
+        return [Report(scene.replica_set.name, limit.waiting)]
     pause = back_off(scene, rules)
     if pause is not None and now < pause.next_try_at:
         return [Report(scene.replica_set.name, pause.sentence)]
     if pause is not None:
         missing = min(missing, _at_once(scene, current))  # one is enough to see whether it starts now
-    return [Create(scene.replica_set.name, beside=beside)] * missing
+    return [Create(scene.replica_set.name, beside, place, limit) for place in places[:missing]]
 
 
 def _live(scene: Scene) -> int:
@@ -299,11 +360,13 @@ def back_off(scene: Scene, rules: PlanRules) -> BackOff | None:
     return backing_off(scene.past, spec_hash=scene.replica_set.spec_hash, since=since, rules=rules)
 
 
-def _in_leaving_order(scene: Scene, replicas: Iterable[Replica]) -> list[Replica]:
-    def order(replica: Replica) -> tuple[int, bool, int, datetime, int]:
+def _in_leaving_order(scene: Scene, replicas: Iterable[Replica], walltimes: HandOvers) -> list[Replica]:
+    def order(replica: Replica) -> tuple[int, bool, datetime, int, datetime, int]:
         endpoint = scene.endpoint(replica)
         in_flight = (endpoint.running or 0) + (endpoint.waiting or 0) if endpoint is not None else 0
         ends_at = scene.ends_at.get(replica.name, _NO_KNOWN_END)
-        return (_LEAVING_ORDER.index(replica.phase), scene.is_serving(replica), in_flight, ends_at, -replica.id)
+        ends_soon = ends_at if replica.name in walltimes.soon else _NO_KNOWN_END
+        phase = _LEAVING_ORDER.index(replica.phase)
+        return (phase, scene.is_serving(replica), ends_soon, in_flight, ends_at, -replica.id)
 
     return sorted(replicas, key=order)

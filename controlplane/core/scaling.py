@@ -174,7 +174,11 @@ def decide(
     if due.desired_replicas != replica_set.desired_replicas:
         wish = _scheduled(replica_set, due)
     else:
-        starting = [one for one in replicas if is_starting(one, endpoints.get(one.name), now)]
+        replicas = tuple(replicas)
+        existing = {one.id for one in replicas if one.exists}  # a successor beside one of these is no help
+        starting = [
+            one for one in replicas if one.succeeds not in existing and is_starting(one, endpoints.get(one.name), now)
+        ]
         wish = _wish(due, pressure, starting, changes, now)
     if replica_set.freezes:
         return _frozen(replica_set, wish)

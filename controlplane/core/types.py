@@ -69,6 +69,7 @@ class SlurmResources:
     gpus_per_node: int = 0
     cpus_per_task: int | None = None
     memory_mb_per_node: int | None = None
+    min_time_limit_seconds: int = 1800  # a reservation that leaves less than this is waited for
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +151,14 @@ class Mode(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class HandOver:
+    """How a replica whose walltime ends is followed by another one; see `hand_over`."""
+
+    margin_seconds: int = 600  # before the walltime's end: what its last requests may need to finish
+    default_lead_seconds: int = 600  # from a successor's creation to its readiness, until a start was measured
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaSetSpec:
     """One template, its resources and its bounds. Exactly one of `slurm` and `endpoints` is given."""
 
@@ -165,6 +174,7 @@ class ReplicaSetSpec:
     endpoints: tuple[ExternalEndpoint, ...] = ()
     scale_up: ScaleUp = field(default_factory=ScaleUp)
     scale_down: ScaleDown = field(default_factory=ScaleDown)
+    hand_over: HandOver = field(default_factory=HandOver)
     probe: str = "completion"  # completion | chat | embedding | models: what proves that the engine lives
     start_timeout_seconds: int = 1800  # from the first failed probe to the first passed one
     drain_timeout_seconds: int = 600
@@ -234,6 +244,7 @@ class ReplicaSet:
     scheduled: ScheduledBounds = field(default_factory=ScheduledBounds)  # in force; a freeze keeps them from changing
     pin: Pin | None = None
     freezes: tuple[Freeze, ...] = ()  # its own, and that of all sets
+    start_lead_seconds: float | None = None  # measured, p95, creation to ready; None: never measured
 
     @property
     def name(self) -> str:
@@ -270,10 +281,16 @@ class Replica:
     drain_deadline: datetime | None = None
     idle_since: datetime | None = None  # DRAINING only: since when the endpoint's metrics say idle
     cut_requests: int | None = None  # in flight when its drain's deadline passed; None: it did not, or nobody knows
+    succeeds: int | None = None  # id of the replica whose walltime was about to end when this one was made
 
     @property
     def exists(self) -> bool:
         return self.phase in EXISTING_PHASES
+
+    @property
+    def predecessor(self) -> str | None:
+        """The name of the replica whose place this one takes."""
+        return None if self.succeeds is None else f"cp-{self.replica_set}-{self.succeeds}"
 
 
 class JobState(StrEnum):
@@ -495,14 +512,25 @@ class PastReplica:
 
 
 @dataclass(frozen=True, slots=True)
+class TimeLimit:
+    """A shorter walltime than the spec's, and why."""
+
+    seconds: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Create:
     replica_set: str
     beside: tuple[str, ...] = ()  # names of those that it shall succeed: they do not count against the desired ones
+    succeeds: int | None = None  # a replica's id: it is counted no more, for this one takes its place
+    limit: TimeLimit | None = None  # None: as the spec says
 
 
 @dataclass(frozen=True, slots=True)
 class Submit:
     replica: Replica
+    limit: TimeLimit | None = None  # None: as the spec says
 
 
 @dataclass(frozen=True, slots=True)
@@ -572,6 +600,7 @@ class RoutableEndpoint:
     replica: str | None
     first_ready_at: datetime
     ends_at: datetime | None  # the walltime's end; None: none is known
+    yields_at: datetime | None = None  # from then on it gets new requests only if no other can take them
 
 
 @dataclass(frozen=True, slots=True)
@@ -584,7 +613,7 @@ class ServedModel:
     paused_until: datetime | None
     routable: int
     starting_since: datetime | None  # the oldest replica that is not ready yet
-    start_seconds_p95: float | None  # measured, creation to ready; None: never measured
+    start_seconds_p95: float | None  # the longest start lead of its replica sets; None: never measured
 
 
 @dataclass(frozen=True, slots=True)

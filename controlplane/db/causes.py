@@ -39,7 +39,9 @@ EVIDENCE = f"""
 """The evidence of a decision; its one parameter is the list of the keys of its alerts."""
 
 CAUSE = """
-    lowered AS (
+    predecessor AS ( -- of a hand-over: it is still there
+        SELECT name, decision_id FROM replicas WHERE id = %(succeeds)s
+    ), lowered AS (
         SELECT id, at FROM decisions WHERE replica_set = %(set)s AND desired < previous ORDER BY id DESC LIMIT 1
     ), raised AS ( -- the count, and not all replicas were made that it was raised for
         SELECT d.id FROM decisions d
@@ -64,10 +66,11 @@ CAUSE = """
            AND NOT EXISTS (SELECT FROM replicas taker WHERE taker.replaces = r.name)
          ORDER BY left_existence.at DESC, r.id DESC LIMIT 1
     ), cause AS (
-        SELECT coalesce((SELECT decision_id FROM gone), (SELECT id FROM raised), (SELECT id FROM said)) AS decision_id,
-               (SELECT name FROM gone) AS replaces
+        SELECT coalesce((SELECT decision_id FROM predecessor), (SELECT decision_id FROM gone),
+                        (SELECT id FROM raised), (SELECT id FROM said)) AS decision_id,
+               coalesce((SELECT name FROM predecessor), (SELECT name FROM gone)) AS replaces
     )"""
-"""What the next replica of a set is made for: `cause`, of one row. Parameters: set, existing (phases), now."""
+"""Why the next replica of a set is made: `cause`, of one row. Parameters: set, succeeds, existing (phases), now."""
 
 
 def alert_then(document: dict[str, Any]) -> AlertThen:

@@ -7,7 +7,8 @@ from typing import Any
 
 from psycopg.rows import DictRow
 
-from controlplane.core.types import Endpoint, Health, Replica, RoutableEndpoint, ServedModel
+from controlplane.core.hand_over import yields_at
+from controlplane.core.types import Endpoint, HandOver, Health, Replica, RoutableEndpoint, ServedModel
 from controlplane.db.pool import Database
 
 _MODEL = "coalesce(r.spec->>'model', s.model) AS model"  # a replica serves what it was started for
@@ -107,10 +108,10 @@ async def load_routable(db: Database) -> tuple[RoutableEndpoint, ...]:
     """What the proxy may send requests to, now."""
     async with db.connection() as connection:
         cursor = await connection.execute(
-            "SELECT endpoint_id, model, replica_set, priority, url, api_key, replica, first_ready_at, ends_at "
-            "FROM routable_endpoints ORDER BY endpoint_id"
+            "SELECT endpoint_id, model, replica_set, priority, url, api_key, replica, first_ready_at, ends_at, "
+            "running_since, hand_over_margin_seconds FROM routable_endpoints ORDER BY endpoint_id"
         )
-        return tuple(RoutableEndpoint(**row) for row in await cursor.fetchall())
+        return tuple(_routable(row) for row in await cursor.fetchall())
 
 
 async def load_served_models(db: Database) -> tuple[ServedModel, ...]:
@@ -133,6 +134,14 @@ async def load_targets(db: Database) -> list[Target]:
             "WHERE e.replica_id IS NULL OR (r.phase IN ('RUNNING', 'DRAINING') AND j.state = 'RUNNING') ORDER BY e.id"
         )
         return [Target(**row) for row in await cursor.fetchall()]
+
+
+def _routable(row: DictRow) -> RoutableEndpoint:
+    margin, since, ends_at = row.pop("hand_over_margin_seconds"), row.pop("running_since"), row["ends_at"]
+    if ends_at is None or since is None:
+        return RoutableEndpoint(**row)
+    rules = HandOver() if margin is None else HandOver(margin_seconds=margin)
+    return RoutableEndpoint(**row, yields_at=yields_at(rules, since, ends_at))
 
 
 def _endpoint(row: DictRow) -> Endpoint:

@@ -38,7 +38,8 @@ SPECS: TypeAdapter[ReplicaSetSpec] = TypeAdapter(ReplicaSetSpec)
 _COLUMNS = (
     "spec, spec_hash, min_replicas, max_replicas, desired_replicas, "
     "is_paused, paused_reason, paused_until, scaled_up_at, scaled_down_at, operator_min, operator_max, bounds_until, "
-    "open_schedules, scheduled_min, scheduled_max, pinned_replicas, pinned_until, pinned_by, pinned_reason"
+    "open_schedules, scheduled_min, scheduled_max, pinned_replicas, pinned_until, pinned_by, pinned_reason, "
+    "start_lead_seconds"
 )
 
 

@@ -23,7 +23,7 @@ from controlplane.db.replica_sets import SPECS
 
 _COLUMNS = (
     "id, name, replica_set, phase, version, spec, spec_hash, port, secret, created_at, phase_since, reason, message, "
-    "slurm_job_id, submitted_at, running_since, drain_deadline, idle_since, cut_requests"
+    "slurm_job_id, submitted_at, running_since, drain_deadline, idle_since, cut_requests, succeeds"
 )
 
 
@@ -101,10 +101,12 @@ async def create(
     actor: str,
     now: datetime,
     beside: Sequence[str] = (),
+    succeeds: int | None = None,
 ) -> Replica:
     """Add one PENDING replica. Raises Duplicate (the port is taken), Stale (no further one is wanted any more).
 
-    `beside`: replicas of the set that it shall succeed; they do not count against the desired ones.
+    `beside`: replicas of the set that are to leave for it; they do not count against the desired ones.
+    `succeeds`: a running replica's id. Of it and its successor only the one counts, and it has one at most.
     The set's row is locked meanwhile, so that two control planes cannot both make the last one that is missing.
     """
     async with db.transaction() as connection:
@@ -115,16 +117,22 @@ async def create(
             f"""
             WITH {CAUSE}, fresh AS (
                 INSERT INTO replicas (id, name, replica_set, spec, spec_hash, port, secret, created_at, phase_since,
-                                      decision_id, replaces)
+                                      succeeds, decision_id, replaces)
                 OVERRIDING SYSTEM VALUE
                 SELECT n.id, 'cp-' || s.name || '-' || n.id, s.name, s.spec, s.spec_hash, %(port)s, %(secret)s,
-                       %(now)s, %(now)s, (SELECT decision_id FROM cause), (SELECT replaces FROM cause)
+                       %(now)s, %(now)s, %(succeeds)s, (SELECT decision_id FROM cause), (SELECT replaces FROM cause)
                   FROM replica_sets s, (SELECT nextval(pg_get_serial_sequence('replicas', 'id')) AS id) n
                  WHERE s.name = %(set)s AND NOT s.is_paused AND s.spec_hash = %(spec_hash)s
                    AND (SELECT count(*) FROM replicas r
                          WHERE r.replica_set = s.name AND r.spec_hash = s.spec_hash AND r.phase = ANY (%(existing)s)
-                           AND r.name <> ALL (%(beside)s))
+                           AND r.name <> ALL (%(beside)s) AND r.id IS DISTINCT FROM %(succeeds)s
+                           AND NOT EXISTS (SELECT FROM replicas follower
+                                            WHERE follower.succeeds = r.id AND follower.phase = ANY (%(existing)s)))
                        < s.desired_replicas
+                   AND (%(succeeds)s::bigint IS NULL OR EXISTS (
+                            SELECT FROM replicas WHERE id = %(succeeds)s AND phase = 'RUNNING'))
+                   AND NOT EXISTS (
+                            SELECT FROM replicas WHERE succeeds = %(succeeds)s AND phase = ANY (%(existing)s))
                    AND (SELECT count(*) FROM replicas r
                          WHERE r.replica_set = s.name AND r.phase = ANY (%(live)s))
                        < s.max_replicas + (s.spec->>'surge')::int
@@ -142,6 +150,7 @@ async def create(
                 "secret": secret,
                 "actor": actor,
                 "now": now,
+                "succeeds": succeeds,
                 "existing": list(EXISTING_PHASES),
                 "live": list(LIVE_PHASES),
                 "beside": list(beside),

@@ -58,6 +58,17 @@ async def record(db: Database, seen: Iterable[tuple[int, SlurmJob]], now: dateti
         )
 
 
+async def load_ends(db: Database) -> dict[str, datetime]:
+    """When the walltimes of live replicas' jobs end, by replica name, as far as Slurm has ever told."""
+    async with db.connection() as connection:
+        cursor = await connection.execute(
+            "SELECT r.name, j.ends_at "
+            "FROM slurm_jobs j JOIN replicas r ON r.id = j.replica_id AND r.slurm_job_id = j.job_id "
+            "WHERE r.phase <> 'ENDED' AND j.ends_at IS NOT NULL"
+        )
+        return {row["name"]: row["ends_at"] for row in await cursor.fetchall()}
+
+
 async def load_pending(db: Database) -> list[PendingJob]:
     async with db.connection() as connection:
         cursor = await connection.execute(

@@ -25,6 +25,7 @@ import anyio
 import httpx
 from starlette.types import Receive, Send
 
+from controlplane.clock import utc_now
 from controlplane.core.balancing import Failure, may_retry, pick
 from controlplane.core.types import RoutableEndpoint
 from controlplane.proxy.errors import ApiError, upstream_error, upstream_timeout
@@ -157,9 +158,9 @@ class Forwarder:
         raise failed
 
     def _choose(self, endpoints: Sequence[RoutableEndpoint], tried: set[str]) -> RoutableEndpoint | None:
-        in_flight = self._upstreams.in_flight
-        chosen = pick(endpoints, in_flight, self._rng, tried.union(self._upstreams.avoided()))
-        return chosen or pick(endpoints, in_flight, self._rng, tried)
+        in_flight, now = self._upstreams.in_flight, utc_now()
+        chosen = pick(endpoints, in_flight, self._rng, tried.union(self._upstreams.avoided()), now=now)
+        return chosen or pick(endpoints, in_flight, self._rng, tried, now=now)
 
     async def _answer_from(
         self,

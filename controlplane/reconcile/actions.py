@@ -11,7 +11,7 @@ import asyncio
 import random
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from controlplane.core.types import (
     ReplicaSet,
     Report,
     Submit,
+    TimeLimit,
 )
 from controlplane.db import Database, DatabaseError, Duplicate, Stale, replicas
 from controlplane.reconcile.job_logs import log_path
@@ -118,8 +119,8 @@ class Actor:
         for action in actions:
             match action:
                 case Create():
-                    if (fresh := await self._create(sets[action.replica_set], done, now, action.beside)) is not None:
-                        calls.append(Submit(fresh))
+                    if (fresh := await self._create(sets[action.replica_set], action, done, now)) is not None:
+                        calls.append(Submit(fresh, action.limit))
                 case Move():
                     await self.move(action, done, now)
                 case Submit() | Release() | Exclude() | CancelJob():
@@ -153,9 +154,7 @@ class Actor:
         )
         return after
 
-    async def _create(
-        self, replica_set: ReplicaSet, done: Done, now: datetime, beside: Sequence[str]
-    ) -> Replica | None:
+    async def _create(self, replica_set: ReplicaSet, wanted: Create, done: Done, now: datetime) -> Replica | None:
         for _ in range(_PORT_TRIES):
             port = self._rng.randint(self._options.first_port, self._options.last_port)
             try:
@@ -166,7 +165,8 @@ class Actor:
                     secret=secrets.token_urlsafe(32),
                     actor=ACTOR,
                     now=now,
-                    beside=beside,
+                    beside=wanted.beside,
+                    succeeds=wanted.succeeds,
                 )
             except Duplicate:
                 continue  # a live replica has this port, or a process that may be alive
@@ -183,7 +183,7 @@ class Actor:
             try:
                 match call:
                     case Submit():
-                        queued = await self._submit(call.replica, done)
+                        queued = await self._submit(call.replica, call.limit, done)
                     case Release():
                         await self._release(call.replica)
                     case Exclude():
@@ -197,10 +197,10 @@ class Actor:
         if queued is not None:
             await self._call(Release(queued), done)
 
-    async def _submit(self, replica: Replica, done: Done) -> Replica | None:
+    async def _submit(self, replica: Replica, limit: TimeLimit | None, done: Done) -> Replica | None:
         """Submit held. Returns the replica once its job id is recorded: then the job may be released."""
         try:
-            request = self._request(replica)
+            request = self._request(replica, limit)
         except ScriptError as error:
             step = Move(replica, Phase.ENDED, reason=Reason.REJECTED, message=f"not submitted: {error}")
             await self.move(step, done, self._clock())
@@ -221,7 +221,7 @@ class Actor:
         except SlurmError as error:
             await self.move(Move(replica, Phase.PENDING, message=f"not submitted: {error}"), done, self._clock())
             raise
-        outcome = Move(replica, Phase.QUEUED, slurm_job_id=submitted.job_id)
+        outcome = Move(replica, Phase.QUEUED, slurm_job_id=submitted.job_id, message=limit.why if limit else None)
         replica = await replicas.move(self._db, outcome, actor=ACTOR, now=self._clock())
         done.submitted.append(replica)
         logger.info("job submitted", replica=replica.name, slurm_job_id=submitted.job_id, warnings=submitted.warnings)
@@ -238,7 +238,7 @@ class Actor:
             words = ", ".join(sorted(call.nodes)) or "none"
             logger.info("nodes kept from a waiting job", replica=replica.name, nodes=words)
 
-    def _request(self, replica: Replica) -> JobRequest:
+    def _request(self, replica: Replica, limit: TimeLimit | None) -> JobRequest:
         spec, directory = replica.spec, self._options.job_directory
         assert spec.slurm is not None  # only sets that Slurm runs have replicas
         script = render(
@@ -251,7 +251,7 @@ class Actor:
             environment=script.environment,
             working_directory=str(directory),
             standard_output=log_path(directory, replica.name, "%j"),
-            resources=spec.slurm,
+            resources=replace(spec.slurm, time_limit_seconds=limit.seconds) if limit else spec.slurm,
             excluded_nodes=self._kept_out.get(replica.replica_set, frozenset()),
         )
 

@@ -18,6 +18,7 @@ from controlplane.core.back_off import BackOff, explained
 from controlplane.core.lifecycle import advance, comment_for, is_anothers, job_of, twins_of
 from controlplane.core.nodes import NodeRules
 from controlplane.core.planning import PlanRules, Scene, back_off, idle_since, plan
+from controlplane.core.reservations import Closing
 from controlplane.core.scaling import Pressure, decide, longest_period, pressures
 from controlplane.core.types import (
     Action,
@@ -53,6 +54,7 @@ from controlplane.metrics import ControlPlaneMetrics
 from controlplane.reconcile.actions import ACTOR, Actor, Done
 from controlplane.reconcile.ends import EndCounter
 from controlplane.reconcile.nodes import NodeKeeper, Nodes
+from controlplane.reconcile.reservations import ReservationWatch
 from controlplane.reconcile.schedules import scheduled_bounds
 from controlplane.slurm.client import SlurmClient
 from controlplane.slurm.errors import SlurmError
@@ -66,6 +68,7 @@ class ReplicaOptions:
     interval_seconds: float = 5.0
     stale_after: timedelta = timedelta(minutes=15)  # an alert that nobody confirmed for so long presses no more
     orphan_grace: timedelta = timedelta(minutes=5)
+    reservations_good_for: timedelta = timedelta(seconds=30)  # then they are read again
     rules: PlanRules = field(default_factory=PlanRules)
     nodes: NodeRules = field(default_factory=NodeRules)
 
@@ -80,6 +83,7 @@ class World:
     past: dict[str, list[PastReplica]]
     alerts: tuple[Alert, ...]
     names: frozenset[str] = frozenset()  # of all replicas that were live
+    ends_at: dict[str, datetime] = field(default_factory=dict)  # their walltimes' ends, as Slurm told before
     forgiven: dict[str, datetime] = field(default_factory=dict)  # sets whose failures an operator forgave, and when
     outrun: set[str] = field(default_factory=set)  # sets of which somebody else has moved a replica meanwhile
 
@@ -102,6 +106,7 @@ class ReplicaLoop:
         self._options = options
         self._metrics = metrics
         self._clock = clock
+        self._reservations = ReservationWatch(slurm, good_for=options.reservations_good_for)
         self._orphans: dict[int, datetime] = {}  # job id -> first seen
         self._pressing_since: dict[str, datetime] = {}  # replica set -> when the alert it still answers began
         self._reported: dict[str, str] = {}
@@ -126,6 +131,8 @@ class ReplicaLoop:
         if isinstance(observed, JobList):
             jobs = await self._follow(world, observed, done, now)
             actions += self._twins(world, observed) + await self._strays(world, observed, now)
+            await self._reservations.refresh(now)
+            actions += self._reservations.reports
         else:
             message = f"no usable answer, so nothing is submitted or cancelled: {observed.message}"
             actions.append(Report("Slurm", message))
@@ -135,8 +142,9 @@ class ReplicaLoop:
         await self._note_idle(world)
         pauses: dict[str, BackOff | None] = {}
         for replica_set in world.sets.values():
-            if not replica_set.spec.is_external and replica_set.name not in world.outrun:
-                scene = _scene(world, replica_set, jobs, pressing[replica_set.name], seen)
+            if replica_set.spec.slurm is not None and replica_set.name not in world.outrun:
+                closing = self._reservations.calendar.closing(replica_set.spec.slurm, now)
+                scene = _scene(world, replica_set, jobs, pressing[replica_set.name], seen, closing)
                 actions += plan(scene, now=now, rules=self._options.rules)
                 pauses[replica_set.name] = back_off(scene, self._options.rules)
         await back_offs.record(self._db, pauses, now=now)
@@ -157,8 +165,10 @@ class ReplicaLoop:
         longest_window = max((one.spec.scale_down.stabilization_window_seconds for one in sets.values()), default=0)
         since = now - self._options.stale_after - timedelta(seconds=longest_window)
         names = frozenset(one.name for one in live)
+        ends_at = await slurm_jobs.load_ends(self._db)
         forgiven = await back_offs.load_forgiven(self._db)
-        return World(sets, live, seen, past, await alerts.load_since(self._db, since), names, forgiven)
+        heard = await alerts.load_since(self._db, since)
+        return World(sets, live, seen, past, heard, names, ends_at, forgiven)
 
     async def _load_past(self) -> dict[str, list[PastReplica]]:
         past: dict[str, list[PastReplica]] = defaultdict(list)
@@ -327,17 +337,25 @@ class ReplicaLoop:
                 self._metrics.alert_to_submit_seconds.observe((self._clock() - since).total_seconds())
 
 
-def _scene(world: World, replica_set: ReplicaSet, jobs: dict[str, SlurmJob], pressure: Pressure, seen: Nodes) -> Scene:
+def _scene(
+    world: World,
+    replica_set: ReplicaSet,
+    jobs: dict[str, SlurmJob],
+    pressure: Pressure,
+    seen: Nodes,
+    closing: Closing | None = None,
+) -> Scene:
     own = tuple(one for one in world.replicas if one.replica_set == replica_set.name)
     return Scene(
         replica_set=replica_set,
         replicas=own,
         endpoints=world.endpoints,
         past=tuple(world.past.get(replica_set.name, ())),
-        ends_at={name: job.ends_at for name, job in jobs.items() if job.ends_at is not None},
+        ends_at=world.ends_at | {name: job.ends_at for name, job in jobs.items() if job.ends_at is not None},
         to_replace=frozenset(alert.labels["replica"] for alert in pressure.replace),
         to_vacate=seen.to_vacate(replica_set, own, jobs),
         forgiven_at=world.forgiven.get(replica_set.name),
+        closing=closing,
     )
 
 

@@ -1,4 +1,4 @@
-"""The client of slurmrestd: list, get, submit, release, cancel, ping, and where a node is reached.
+"""The client of slurmrestd: list, get, submit, release, cancel, ping, reservations, and where a node is reached.
 
 Rules that the callers rely on:
 
@@ -22,6 +22,7 @@ from typing import Any, Final, Protocol, Self, TypeVar
 from urllib.parse import quote
 
 from controlplane.core.nodes import SlurmNode
+from controlplane.core.reservations import Calendar, Reservation
 from controlplane.core.types import JobList, JobState, SlurmJob
 from controlplane.slurm import wire
 from controlplane.slurm.errors import (
@@ -140,8 +141,7 @@ class SlurmClient:
         """Every job of our user whose name begins with `cp-`, asked for at `now`."""
 
         def read(answer: Answer) -> tuple[SlurmJob, ...]:
-            if answer.status != 200 or wire.read_complaints(answer):
-                raise judge(answer, changes=False)
+            _refuse_complaints(answer)
             return wire.read_jobs(answer, prefix=JOB_NAME_PREFIX, user_names=self._user_names)
 
         jobs = await self._exchange("list", "GET", "jobs", read)
@@ -244,6 +244,23 @@ class SlurmClient:
 
         return await self._exchange("nodes", "GET", "nodes", read)
 
+    async def calendar(self) -> Calendar:
+        """Which nodes are reserved, from when to when."""
+
+        def read(answer: Answer) -> tuple[Reservation, ...]:
+            _refuse_complaints(answer)
+            return wire.read_reservations(answer, user_name=self._options.user_name)
+
+        def read_partitions(answer: Answer) -> tuple[Mapping[str, frozenset[str]], str | None]:
+            _refuse_complaints(answer)
+            return wire.read_partitions(answer)
+
+        reservations = await self._exchange("reservations", "GET", "reservations", read)
+        if not reservations:
+            return Calendar()
+        partitions, default = await self._exchange("partitions", "GET", "partitions", read_partitions)
+        return Calendar(reservations, partitions, default)
+
     async def ping(self) -> Ping:
         """Which Slurm answers, provided its controller does and accepts our token."""
 
@@ -254,13 +271,9 @@ class SlurmClient:
                 return None
             return Ping(wire.read_release_name(answer), "", None)
 
-        def read_why(answer: Answer) -> None:
-            if answer.status != 200 or wire.read_complaints(answer):
-                raise judge(answer, changes=False)
-
         ping = await self._exchange("ping", "GET", "ping", read)
         if ping is None:  # from 24.11 on a refused token looks like a dead controller here, and only here
-            await self._exchange("diag", "GET", "diag", read_why)
+            await self._exchange("diag", "GET", "diag", _refuse_complaints)
             raise SlurmUnreachable("slurmrestd answers, but its slurmctld does not")
         dialect = await self._dialect_in_use()
         return replace(ping, api_version=dialect.version, token_expires_at=await self.token_expires_at())
@@ -363,6 +376,12 @@ def _read_acceptance(answer: Answer) -> bool:
     if answer.status != 200 or complaints:
         raise judge(answer, changes=True)
     return True
+
+
+def _refuse_complaints(answer: Answer) -> None:
+    """Of an answer to a read that must be whole."""
+    if answer.status != 200 or wire.read_complaints(answer):
+        raise judge(answer, changes=False)
 
 
 def _is_unknown_path(answer: Answer) -> bool:

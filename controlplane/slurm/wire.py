@@ -14,8 +14,10 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from controlplane.core.nodes import SlurmNode
+from controlplane.core.reservations import Reservation
 from controlplane.core.types import OVER_STATES, JobState, SlurmJob, SlurmResources
 from controlplane.slurm.errors import SlurmProtocolError, foreign_text
+from controlplane.slurm.host_lists import expand
 from controlplane.slurm.transport import Answer
 
 # --- versions -------------------------------------------------------------------------------------------
@@ -351,6 +353,70 @@ def _node(entry: Mapping[str, Any]) -> SlurmNode:
 def _words(value: object) -> list[str]:
     """A list of words, or text with commas between them."""
     return [str(word) for word in value] if isinstance(value, list) else [*filter(None, _text(value).split(","))]
+
+
+# --- answers: reservations ------------------------------------------------------------------------------
+
+
+def read_reservations(answer: Answer, *, user_name: str) -> tuple[Reservation, ...]:
+    """Those that close whole nodes to jobs that name no reservation. Raises `SlurmProtocolError`.
+
+    22.05 does not tell which cores of a node are reserved: there a reservation of some of them counts as one of all.
+    """
+    return tuple(
+        Reservation(
+            name=_text(entry.get("name")),
+            starts_at=_required_time(entry, "start_time"),
+            ends_at=_required_time(entry, "end_time"),
+            nodes=_nodes(entry.get("node_list")),
+            is_maintenance="MAINT" in _list(entry.get("flags")),
+        )
+        for entry in _entries(answer, "reservations")
+        if not _list(entry.get("core_specializations")) and not _draws_jobs_of(entry, user_name)
+    )
+
+
+def read_partitions(answer: Answer) -> tuple[Mapping[str, frozenset[str]], str | None]:
+    """The nodes of every partition, and the default one where that is told. Raises `SlurmProtocolError`."""
+    entries = _entries(answer, "partitions")
+    nodes = {
+        _text(entry.get("name")): _nodes(
+            entry["nodes"].get("configured") if isinstance(entry.get("nodes"), dict) else entry.get("nodes")
+        )
+        for entry in entries
+    }
+    defaults = [
+        _text(entry.get("name"))
+        for entry in entries
+        if "DEFAULT" in (str(flag).upper() for flag in _list(entry.get("flags")))
+    ]
+    return nodes, defaults[0] if defaults else None
+
+
+def _draws_jobs_of(entry: Mapping[str, Any], user_name: str) -> bool:
+    """A magnetic reservation takes the jobs of its users by itself."""
+    return "MAGNETIC" in _list(entry.get("flags")) and user_name in _text(entry.get("users")).split(",")
+
+
+def _entries(answer: Answer, key: str) -> list[Mapping[str, Any]]:
+    entries = (answer.body or {}).get(key)
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise SlurmProtocolError(f"HTTP {answer.status} without a list of {key}: {answer.text}")
+    return entries
+
+
+def _required_time(entry: Mapping[str, Any], key: str) -> datetime:
+    time = _time(entry.get(key))
+    if time is None:
+        raise SlurmProtocolError(foreign_text(f"reservation {entry.get('name')} without {key}"))
+    return time
+
+
+def _nodes(value: object) -> frozenset[str]:
+    try:
+        return expand(_text(value))
+    except ValueError as error:
+        raise SlurmProtocolError(foreign_text(str(error))) from None
 
 
 # --- scalars --------------------------------------------------------------------------------------------

@@ -87,6 +87,7 @@ _MODELS: tuple[type[BaseModel], ...] = (
     file_format.ScaleDownDocument,
     file_format.PolicyDocument,
     file_format.ScheduleDocument,
+    file_format.HandOverDocument,
 )
 _KNOWN_KEYS = sorted({key for model in _MODELS for key in model.model_fields})
 

@@ -85,7 +85,7 @@ class SlurmDocument(_Document):
     """What one replica asks of Slurm. What is left out is the cluster's default."""
 
     time_limit_seconds: PositiveSeconds
-    """The job's walltime; when it has ended, another replica is started."""
+    """The job's walltime; before it ends, another replica takes its place."""
     partition: Value | None = None
     account: Value | None = None
     qos: Value | None = None
@@ -94,6 +94,8 @@ class SlurmDocument(_Document):
     gpus_per_node: CountOrNone = 0
     cpus_per_task: Count | None = None
     memory_mb_per_node: Annotated[int, Field(ge=1, le=2**40)] | None = None
+    min_time_limit_seconds: PositiveSeconds = 1800
+    """The least walltime worth a start, where a reservation of the nodes leaves less than time_limit_seconds."""
 
 
 class VllmDocument(_Document):
@@ -190,6 +192,15 @@ class ScheduleDocument(_Document):
         return self
 
 
+class HandOverDocument(_Document):
+    """How a replica whose walltime ends is followed by another one."""
+
+    margin_seconds: Seconds = 600
+    """The successor shall serve so long before the end; so long may the predecessor's requests take to finish."""
+    default_lead_seconds: Seconds = 600
+    """How long a start is expected to take, from creation to ready, until one of this set was measured."""
+
+
 _ONE_KIND: JsonDict = {
     "oneOf": [
         {"required": ["slurm"], "properties": {"slurm": {"type": "object"}}},
@@ -224,6 +235,7 @@ class ReplicaSetDocument(_Document):
     """`advisory`: alerts and schedules are decided upon and recorded, and change nothing; operators still do."""
     schedules: list[ScheduleDocument] = []
     """Other bounds at certain times."""
+    hand_over: HandOverDocument = HandOverDocument()
     probe: Literal["completion", "chat", "embedding", "models"] = "completion"
     """What proves that the engine lives: one token of an answer, an embedding, or only its list of models."""
     start_timeout_seconds: PositiveSeconds = 1800
@@ -274,6 +286,7 @@ _ONLY_WITH_SLURM = (
     "scale_down",
     "mode",
     "schedules",
+    "hand_over",
 )
 
 

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from controlplane.core.types import (
     ExternalEndpoint,
+    HandOver,
     Mode,
     PolicyType,
     ReplicaSetSpec,
@@ -100,6 +101,7 @@ def _spec(document: ReplicaSetDocument, path: str, directory: Path | None, fault
         "vllm": VllmOptions(**{**dict(document.vllm), "args": tuple(document.vllm.args)}),
         "scale_up": ScaleUp(**_rules(document.scale_up)),
         "scale_down": ScaleDown(**_rules(document.scale_down)),
+        "hand_over": HandOver(**dict(document.hand_over)),
         "endpoints": tuple(endpoints),
         "mode": Mode(document.mode),
         "schedules": tuple(Schedule(**dict(schedule)) for schedule in document.schedules),

@@ -57,6 +57,7 @@ def replica_set_document(one: ReplicaSet) -> Document:
         "freezes": [freeze_document(freeze) for freeze in one.freezes],
         "scaled_up_at": _time(one.scaled_up_at),
         "scaled_down_at": _time(one.scaled_down_at),
+        "start_lead_seconds": one.start_lead_seconds,
         "spec_hash": one.spec_hash,
         "spec": spec_document(one.spec),
     }
@@ -89,6 +90,7 @@ def replica_document(one: Replica) -> Document:
         "running_since": _time(one.running_since),
         "drain_deadline": _time(one.drain_deadline),
         "cut_requests": one.cut_requests,
+        "predecessor": one.predecessor,
     }
 
 

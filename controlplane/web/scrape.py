@@ -59,7 +59,9 @@ async def observe(db: Database, now: datetime) -> list[Metric]:
     """The metrics that are read from the database. Raises DatabaseError."""
     sets = await replica_sets.load_all(db)
     phases = Counter((one.replica_set, one.phase) for one in await replicas.load_live(db))
-    routable = Counter(one.replica_set for one in await endpoints.load_routable(db))
+    to_route = await endpoints.load_routable(db)
+    routable = Counter(one.replica_set for one in to_route)
+    overdue = Counter(one.replica_set for one in to_route if one.yields_at is not None and one.yields_at <= now)
     by_phase = GaugeMetricFamily(
         "controlplane_replicas", "Replicas that have not ended", labels=["replica_set", "phase"]
     )
@@ -81,6 +83,14 @@ async def observe(db: Database, now: datetime) -> list[Metric]:
     for endpoint in await endpoints.load_live(db):
         if endpoint.replica is not None and endpoint.confirmed_at is not None:
             confirmed.add_metric([endpoint.replica], _age(endpoint.confirmed_at, now))
+    late = GaugeMetricFamily(
+        "controlplane_hand_over_late",
+        "Endpoints that requests are sent to though their successors should serve by now",
+        labels=["replica_set"],
+    )
+    for one in sets:
+        if not one.spec.is_external:
+            late.add_metric([one.name], overdue[one.name])
     pending = GaugeMetricFamily(
         "controlplane_slurm_job_pending_seconds",
         "How long the oldest of the jobs that Slurm lets wait has waited, by Slurm's reason",
@@ -98,7 +108,7 @@ async def observe(db: Database, now: datetime) -> list[Metric]:
     stale_by_source = await alerts.count_stale(db)
     for source in Source:
         stale.add_metric([source], stale_by_source.get(source, 0))
-    return [by_phase, desired, ready, confirmed, pending, stale, *await _troubles(db, [one.name for one in sets])]
+    return [by_phase, desired, ready, confirmed, late, pending, stale, *await _troubles(db, [one.name for one in sets])]
 
 
 async def _troubles(db: Database, names: Iterable[str]) -> list[Metric]:

@@ -710,3 +710,78 @@ async def test_errors_never_show_the_token(slurmrestd: Slurmrestd) -> None:
     assert "you sent" in str(caught.value)
     assert len(str(caught.value)) <= 256
     assert token not in repr(options)
+
+
+# --- reservations ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.recorded("ping", "reservations", "partitions")
+async def test_reservations_and_the_partitions_nodes_are_read(
+    client: SlurmClient, slurmrestd: Slurmrestd, recording: Recording
+) -> None:
+    slurmrestd.replay(recording, "ping", "reservations", "partitions")
+    calendar = await client.calendar()
+    assert dict(calendar.partitions) == {"gpu": frozenset({"n1", "n2", "n3", "n4"})}
+    said = {one.name: (one.nodes, one.is_maintenance, one.ends_at - one.starts_at) for one in calendar.reservations}
+    cores = said.pop("cores", None)
+    assert (cores is not None) == (recording.version == "v0.0.38"), "22.05 does not say that it is of two cores only"
+    assert said == {
+        "maint_all": (frozenset({"n1", "n2", "n3", "n4"}), True, timedelta(hours=4)),
+        "part": (frozenset({"n1", "n3"}), False, timedelta(hours=1)),
+    }
+    maintenance = next(one for one in calendar.reservations if one.is_maintenance)
+    for partition in ("gpu", None):
+        closing = calendar.closing(SlurmResources(60, partition), maintenance.starts_at - timedelta(hours=1))
+        assert closing is not None
+        assert closing.at == maintenance.starts_at
+
+
+@pytest.mark.recorded("ping", "reservations_none")
+async def test_without_reservations_nobody_asks_for_partitions(
+    client: SlurmClient, slurmrestd: Slurmrestd, recording: Recording
+) -> None:
+    slurmrestd.replay(recording, "ping", "reservations_none")
+    assert (await client.calendar()).reservations == ()
+    assert slurmrestd.asked() == ["GET reservations"]
+
+
+@pytest.mark.recorded("ping", "down_reservations")
+async def test_a_controller_that_is_away_is_not_a_calendar_without_reservations(
+    client: SlurmClient, slurmrestd: Slurmrestd, recording: Recording
+) -> None:
+    slurmrestd.replay(recording, "ping", "down_reservations")
+    with pytest.raises(SlurmUnreachable):
+        await client.calendar()
+
+
+RESERVATION = {"name": "r", "start_time": 1_800_000_000, "end_time": 1_800_003_600, "node_list": "n1", "users": "root"}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"start_time": 0}, {"end_time": {"set": False}}, {"node_list": "n[1-"}, {"start_time": None}]
+)
+async def test_a_reservation_that_cannot_be_read_is_not_taken_for_none(
+    client: SlurmClient, slurmrestd: Slurmrestd, changes: dict[str, Any]
+) -> None:
+    slurmrestd.answer("GET", "ping", (200, {"pings": []}))
+    slurmrestd.answer("GET", "reservations", (200, {"reservations": [RESERVATION | changes]}))
+    with pytest.raises(SlurmProtocolError):
+        await client.calendar()
+
+
+@pytest.mark.parametrize(
+    ("changes", "closes"),
+    [
+        ({}, True),
+        ({"users": "ann,www-data"}, True),
+        ({"flags": ["MAGNETIC"]}, True),
+        ({"flags": ["MAGNETIC"], "users": "ann,www-data"}, False),
+    ],
+)
+async def test_a_reservation_that_draws_our_jobs_closes_nothing(
+    client: SlurmClient, slurmrestd: Slurmrestd, changes: dict[str, Any], closes: bool
+) -> None:
+    slurmrestd.answer("GET", "ping", (200, {"pings": []}))
+    slurmrestd.answer("GET", "reservations", (200, {"reservations": [RESERVATION | changes]}))
+    slurmrestd.answer("GET", "partitions", (200, {"partitions": [{"name": "gpu", "nodes": "n1"}]}))
+    assert bool((await client.calendar()).reservations) == closes

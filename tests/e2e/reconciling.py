@@ -128,6 +128,7 @@ async def reconciling(
             instance_id,
             interval_seconds=0.3,
             orphan_grace=orphan_grace,
+            reservations_good_for=timedelta(seconds=1),
             rules=rules,
         )
         limits = ProbeLimits(token_timeout_seconds=token_timeout_seconds)

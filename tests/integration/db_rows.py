@@ -8,8 +8,20 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from controlplane.core.types import Move, Phase, Reason, Replica, ReplicaSet, ReplicaSetSpec, SlurmResources
-from controlplane.db import Database, DatabaseOptions, replica_sets, replicas
+from controlplane.core.types import (
+    Endpoint,
+    Health,
+    JobState,
+    Move,
+    Phase,
+    Reason,
+    Replica,
+    ReplicaSet,
+    ReplicaSetSpec,
+    SlurmJob,
+    SlurmResources,
+)
+from controlplane.db import Database, DatabaseOptions, endpoints, replica_sets, replicas, slurm_jobs
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 _ports = itertools.count(20000)
@@ -58,3 +70,30 @@ def to(replica: Replica, phase: Phase) -> Move:
         running_since=NOW if phase is Phase.RUNNING else None,
         drain_deadline=NOW + timedelta(minutes=10) if phase is Phase.DRAINING else None,
     )
+
+
+async def observe(db: Database, replica: Replica, state: JobState, **changes: Any) -> None:
+    """What Slurm says of the replica's job."""
+    assert replica.slurm_job_id is not None
+    job = SlurmJob(replica.slurm_job_id, replica.name, "u", state, nodes="n1", submitted_at=NOW, **changes)
+    await slurm_jobs.record(db, [(replica.id, job)], NOW)
+
+
+async def make_ready(
+    db: Database, replica: Replica, url: str, *, at: datetime = NOW, ends_at: datetime | None = None
+) -> None:
+    """The running replica has passed its probe, at this time."""
+    await observe(db, replica, JobState.RUNNING, ends_at=ends_at)
+    await endpoints.ensure(db, replica, url)
+    (seen,) = [one for one in await endpoints.load_live(db) if one.replica == replica.name]
+    ready = Endpoint(
+        seen.id,
+        seen.replica_set,
+        seen.model,
+        seen.url,
+        seen.api_key,
+        health=Health.READY,
+        first_ready_at=at,
+        confirmed_at=at,
+    )
+    await endpoints.save(db, ready, seen=seen)

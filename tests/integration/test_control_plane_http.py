@@ -8,21 +8,12 @@ from datetime import timedelta
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from controlplane.core.types import (
-    Endpoint,
-    ExternalEndpoint,
-    Health,
-    JobState,
-    Phase,
-    Replica,
-    ReplicaSetSpec,
-    SlurmJob,
-)
-from controlplane.db import Database, DatabaseOptions, endpoints, leases, replica_sets, slurm_jobs
+from controlplane.core.types import ExternalEndpoint, HandOver, JobState, Phase, ReplicaSetSpec
+from controlplane.db import Database, DatabaseOptions, endpoints, leases, replica_sets
 from controlplane.db.endpoints import Target
 from controlplane.web import Part, PartStatus
 from controlplane.web.service_discovery import target_group
-from tests.integration.db_rows import NOW, make_replica, make_set, opened
+from tests.integration.db_rows import NOW, make_ready, make_replica, make_set, observe, opened
 from tests.integration.web_rig import WebRig
 
 
@@ -30,29 +21,6 @@ from tests.integration.web_rig import WebRig
 async def rig(database_url: str) -> AsyncIterator[WebRig]:
     async with opened(database_url) as db:
         yield WebRig(db)
-
-
-async def observe(db: Database, replica: Replica, state: JobState, **changes: object) -> None:
-    assert replica.slurm_job_id is not None
-    job = SlurmJob(replica.slurm_job_id, replica.name, "u", state, nodes="n1", submitted_at=NOW, **changes)  # type: ignore[arg-type]
-    await slurm_jobs.record(db, [(replica.id, job)], NOW)
-
-
-async def make_ready(db: Database, replica: Replica, url: str) -> None:
-    await observe(db, replica, JobState.RUNNING)
-    await endpoints.ensure(db, replica, url)
-    (seen,) = [one for one in await endpoints.load_live(db) if one.replica == replica.name]
-    ready = Endpoint(
-        seen.id,
-        seen.replica_set,
-        seen.model,
-        seen.url,
-        seen.api_key,
-        health=Health.READY,
-        first_ready_at=NOW,
-        confirmed_at=NOW,
-    )
-    await endpoints.save(db, ready, seen=seen)
 
 
 async def scraped(rig: WebRig) -> dict[tuple[str, tuple[str, ...]], float]:
@@ -147,6 +115,15 @@ async def test_metrics_tell_what_the_database_knows_at_the_scrape(rig: WebRig) -
     }
     assert {key: found.get(key) for key in expected} == expected
     assert ("controlplane_replicas", ("ENDED", "a")) not in found
+
+
+async def test_an_endpoint_that_serves_within_the_margin_of_its_walltimes_end_is_a_late_hand_over(rig: WebRig) -> None:
+    a = await make_set(rig.db, hand_over=HandOver(margin_seconds=60))
+    for number, left in enumerate((30, 90)):
+        replica = await make_replica(rig.db, a, Phase.RUNNING)
+        await make_ready(rig.db, replica, f"http://n{number}:20000", ends_at=NOW + timedelta(seconds=600 + left))
+    rig.now = NOW + timedelta(seconds=600)
+    assert (await scraped(rig))["controlplane_hand_over_late", ("a",)] == 1
 
 
 async def test_a_set_scaled_to_zero_is_there_with_zeros(rig: WebRig) -> None:

@@ -9,7 +9,7 @@ While it is blind every call fails, as the reconciler's are not even made; rows 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from enum import Enum, auto
@@ -65,8 +65,11 @@ class CutShort(Exception):
 
 
 class SmallWorld:
-    def __init__(self, replica_set: ReplicaSet) -> None:
+    def __init__(self, replica_set: ReplicaSet, *, has_walltimes: bool = False) -> None:
         self.replica_set = replica_set
+        self.has_walltimes = has_walltimes  # do jobs end at their time limit?
+        self.cut_by_walltimes = 0  # requests
+        self.starts: list[float] = []  # seconds from creation to ready
         self.now = NOW
         self.is_blind = False
         self.replicas: dict[int, Replica] = {}
@@ -211,7 +214,7 @@ class SmallWorld:
         for action in actions:
             match action:
                 case Create():
-                    if (fresh := self._create(action.beside)) is not None:
+                    if (fresh := self._create(action.beside, action.succeeds)) is not None:
                         calls.append(Submit(fresh))
                 case Move():
                     self._move(action)
@@ -253,13 +256,18 @@ class SmallWorld:
     def live(self) -> list[Replica]:
         return [replica for replica in self.replicas.values() if replica.phase is not Phase.ENDED]
 
-    def _create(self, beside: Sequence[str]) -> Replica | None:
+    def _create(self, beside: Sequence[str], succeeds: int | None) -> Replica | None:
         wanted = self.replica_set
-        counted = (one for one in self.live() if one.spec_hash == wanted.spec_hash and one.name not in beside)
-        existing = sum(one.exists for one in counted)
+        followed = {one.succeeds for one in self.live() if one.exists}
+        predecessor = self.replicas.get(succeeds or 0)
+        if succeeds is not None and (
+            predecessor is None or predecessor.phase is not Phase.RUNNING or succeeds in followed
+        ):
+            return None
+        left = {one.id for one in self.live() if one.name in beside}
         if (
             wanted.is_paused
-            or existing >= wanted.max_replicas
+            or self._counted(followed | {succeeds} | left) >= wanted.desired_replicas
             or len(self.live()) >= wanted.max_replicas + wanted.spec.surge
         ):
             return None
@@ -277,10 +285,18 @@ class SmallWorld:
             secret="x" * 32,
             created_at=self.now,
             phase_since=self.now,
+            succeeds=succeeds,
         )
         self.replicas[number] = fresh
         self.check()
         return fresh
+
+    def _counted(self, followed: Collection[int | None], leaving: Iterable[int] = ()) -> int:
+        """Those of the spec in force that count against max: of a predecessor and its successor only the one does."""
+        return sum(
+            one.exists and one.spec_hash == self.replica_set.spec_hash and one.id not in {*followed, *leaving}
+            for one in self.live()
+        )
 
     def _move(self, step: Move, *, is_forced: bool = False) -> Replica | None:
         before = self.replicas[step.replica.id]
@@ -364,7 +380,10 @@ class SmallWorld:
         assert not job.is_held
         node = f"n{job.restart_count}"
         node = "m" if node in self.drained else node
-        self.jobs[job.job_id] = replace(job, state=JobState.RUNNING, started_at=self.now, nodes=node)
+        slurm = self.replica_set.spec.slurm
+        assert slurm is not None
+        ends_at = self.now + timedelta(seconds=slurm.time_limit_seconds) if self.has_walltimes else None
+        self.jobs[job.job_id] = replace(job, state=JobState.RUNNING, started_at=self.now, ends_at=ends_at, nodes=node)
 
     def end(self, job: SlurmJob, state: JobState) -> None:
         self.jobs[job.job_id] = replace(job, state=state)
@@ -416,7 +435,10 @@ class SmallWorld:
             result = ProbeResult(passed=False, message="connection refused")
             if self._answers_probes(replica):
                 result = ProbeResult(passed=True, running=self.in_flight.get(replica.name, 0), waiting=0)
-            self.endpoints[replica.name] = observe(endpoint, result, now=self.now, rules=HEALTH_RULES)
+            self.endpoints[replica.name] = after = observe(endpoint, result, now=self.now, rules=HEALTH_RULES)
+            if after.first_ready_at is not None and endpoint.first_ready_at is None:
+                self.starts.append((after.first_ready_at - replica.created_at).total_seconds())
+                self.replica_set = replace(self.replica_set, start_lead_seconds=max(self.starts[-20:]))
 
     def _answers_probes(self, replica: Replica) -> bool:
         job = self.jobs.get(replica.slurm_job_id or 0)
@@ -457,6 +479,10 @@ class SmallWorld:
         for job in self.some_jobs(JobState.COMPLETING):
             self.end(job, JobState.CANCELLED)
         self.now += TICK
+        for job in self.some_jobs(JobState.RUNNING):
+            if job.ends_at is not None and job.ends_at <= self.now:
+                self.cut_by_walltimes += self.in_flight.get(job.name, 0)
+                self.end(job, JobState.TIMEOUT)
         self.probe()
         self.round(rng, cut_after=cut_after)
 
@@ -509,9 +535,12 @@ class SmallWorld:
         """What a fresh plan asks for stays within the bounds, and condemns nobody who was not looked at."""
         wanted, live = self.replica_set, len(self.live())
         leaves = {action.replica.id for action in actions if isinstance(action, Move) and action.to in _LEAVING}
-        vacating = self._to_vacate()  # their successors start beside them
-        staying = (one for one in self.live() if one.id not in leaves and one.name not in vacating)
-        stays = sum(one.exists and one.spec_hash == wanted.spec_hash for one in staying)
+        followed = {one.succeeds for one in self.live() if one.exists and one.succeeds is not None}
+        for predecessor in (one.succeeds for one in actions if isinstance(one, Create) and one.succeeds is not None):
+            assert predecessor not in followed, f"cp-s-{predecessor} would have two successors"
+            followed.add(predecessor)
+        vacating = {one.id for one in self.live() if one.name in self._to_vacate()}  # successors start beside them
+        stays = self._counted(followed | vacating, leaves)
         creates = sum(isinstance(action, Create) for action in actions)
         returns = sum(isinstance(action, Move) and action.to is Phase.RUNNING for action in actions)
         if creates:

@@ -36,6 +36,12 @@ ELSEWHERE: dict[tuple[str, str], tuple[str, ...]] = {
         "<> is an orphan: no replica stands for it",
         "no usable answer, so nothing is submitted or cancelled: <>",
         "schedule <> is not followed: <>, <>: <>",
+        "nothing is submitted before <>: <>",
+        "reservations cannot be read, so jobs may have to wait for one to end: <>",
+        "a walltime of <> is too short to be handed over in time: it takes <>",
+        "no successor before its walltime ends: <>",
+        "no room for a successor beside it: it leaves first, its walltime ends at <>",
+        "hand-over is late: <>, and the walltime ends at <>",
     ),
     ("reconcile/endpoints.py", "sentence"): ("endpoint is ready", "endpoint fails"),
     ("reconcile/actions.py", "f'{_words(call)} failed; trying again'"): (
@@ -141,15 +147,9 @@ def test_every_event_is_listed_with_its_level_and_fields_and_no_other() -> None:
 
 
 def test_sentences_that_a_variable_holds_are_still_made_in_their_file() -> None:
-    rooms = {
-        "reconcile/replicas.py": (
-            "reconcile/replicas.py",
-            "reconcile/nodes.py",
-            "reconcile/schedules.py",
-            "core/back_off.py",
-            "core/planning.py",
-        )
-    }
+    plans = ("core/planning.py", "core/back_off.py", "core/hand_over.py", "core/reservations.py")
+    seen = ("reconcile/nodes.py", "reconcile/reservations.py", "reconcile/schedules.py")
+    rooms = {"reconcile/replicas.py": ("reconcile/replicas.py", *seen, *plans)}
     for (file, _), held in ELSEWHERE.items():
         source = "".join((PACKAGE / one).read_text() for one in rooms.get(file, (file,)))
         for sentence in held:

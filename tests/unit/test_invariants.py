@@ -5,13 +5,23 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import timedelta
 from random import Random
+from typing import Any
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from controlplane.core.scaling import decide, pressures
-from controlplane.core.types import OVER_STATES, Alert, AlertAction, Decision, JobState, SlurmJob
+from controlplane.core.types import (
+    OVER_STATES,
+    Alert,
+    AlertAction,
+    Decision,
+    HandOver,
+    JobState,
+    SlurmJob,
+    SlurmResources,
+)
 from controlplane.core.verbs import Verb
 from tests.unit.small_world import Answer, SmallWorld
 from tests.unit.worlds import NOW, a_set, a_spec, ago, an_alert
@@ -20,6 +30,11 @@ ROUNDS_TO_SETTLE = 300  # of five seconds: two of the longest back-offs and a dr
 SEEDS = st.integers(0, 2**16)
 PICKS = st.integers(0, 9)
 SMALL = st.integers(0, 3)
+SHORT: dict[str, Any] = {
+    "slurm": SlurmResources(time_limit_seconds=600),
+    "hand_over": HandOver(margin_seconds=120, default_lead_seconds=60),
+}
+TICKS_OF_THREE_WALLTIMES = 3 * 600 // 5
 ANSWERS = st.lists(st.sampled_from([Answer.LATE, Answer.LOST, *Answer]), max_size=3)
 ALIKE = settings(deadline=None, print_blob=True, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
@@ -29,10 +44,10 @@ class Lives(RuleBasedStateMachine):
 
     world: SmallWorld
 
-    @initialize(desired=SMALL, more=SMALL, surge=st.integers(0, 2))
-    def begins(self, desired: int, more: int, surge: int) -> None:
-        spec = a_spec(max_replicas=max(1, desired + more), surge=surge, unhealthy_timeout_seconds=60)
-        self.world = SmallWorld(a_set(desired, spec=spec))
+    @initialize(desired=SMALL, more=SMALL, surge=st.integers(0, 2), has_walltimes=st.booleans())
+    def begins(self, desired: int, more: int, surge: int, has_walltimes: bool) -> None:
+        spec = a_spec(max_replicas=max(1, desired + more), surge=surge, unhealthy_timeout_seconds=60, **SHORT)
+        self.world = SmallWorld(a_set(desired, spec=spec), has_walltimes=has_walltimes)
 
     # --- the reconciler
 
@@ -169,6 +184,8 @@ def settles(world: SmallWorld, rng: Random) -> None:
             break
         world.calm_tick(rng)
     assert world.is_settled(), world.described()
+    if world.has_walltimes:
+        return  # the next hand-over is never far
     rows, jobs = dict(world.replicas), dict(world.jobs)
     for _ in range(3):
         world.calm_tick(rng)
@@ -231,6 +248,37 @@ def test_a_drained_node_is_left_and_costs_no_more_than_the_surge_lacks(
             break
     assert world.is_settled(), world.described()
     assert {job.nodes for job in world.some_jobs(JobState.RUNNING)} == {"m"}
+
+
+# --- walltimes ---------------------------------------------------------------------------------------------
+
+
+@ALIKE
+@given(
+    target=st.integers(1, 4),
+    surge=st.integers(0, 2),
+    more=st.integers(0, 1),
+    seed=SEEDS,
+    cuts=st.lists(st.none() | st.integers(0, 3), max_size=40),
+)
+def test_walltimes_end_and_nobody_notices_where_there_is_room_for_a_successor(
+    target: int, surge: int, more: int, seed: int, cuts: list[int | None]
+) -> None:
+    """However often it is interrupted; and no stream is cut even where there is no room."""
+    rng = Random(seed)
+    spec = a_spec(max_replicas=target + more, surge=surge, **SHORT)
+    world = SmallWorld(a_set(target, spec=spec), has_walltimes=True)
+    settles(world, rng)
+    for tick in range(TICKS_OF_THREE_WALLTIMES):
+        world.clients_send()
+        world.calm_tick(rng, cut_after=cuts.pop() if cuts else None)
+        if tick % 4 == 0:
+            world.in_flight.clear()
+        if 2 * (surge + more) >= target:  # else half of a walltime is not enough for all, one after the other
+            assert world.serving() >= target, world.described()
+    assert world.cut_by_walltimes == 0
+    starts = len(world.replicas)
+    assert 3 * target <= starts <= 8 * target, f"{starts} starts for {target} replicas in three walltimes"
 
 
 # --- alerts ------------------------------------------------------------------------------------------------

@@ -155,6 +155,13 @@ def test_no_step_up_is_taken_while_one_is_starting() -> None:
     assert "cp-s-7" in decision.explanation
 
 
+def test_a_successor_that_is_starting_beside_its_predecessor_is_no_help_on_its_way() -> None:
+    old, successor = a_replica(6, Phase.RUNNING), a_replica(7, Phase.QUEUED, succeeds=6)
+    beside = decided(tame(2), up, replicas=[old, successor], endpoints=[an_endpoint(old)])
+    assert beside.reason is DecisionReason.SCALED_UP
+    assert decided(tame(2), up, replicas=[successor]).reason is DecisionReason.STARTING
+
+
 def test_a_step_down_does_not_wait_for_one_that_is_starting() -> None:
     assert decided(tame(3), down, replicas=[a_replica(7, Phase.QUEUED)]).reason is DecisionReason.SCALED_DOWN
 

@@ -10,6 +10,7 @@ import pytest
 from controlplane.core.specs import spec_hash
 from controlplane.core.types import (
     ExternalEndpoint,
+    HandOver,
     Mode,
     ReplicaSetSpec,
     ScaleDown,
@@ -36,6 +37,7 @@ LEAVES_JOBS_ALONE: dict[str, Any] = {
     "endpoints": (ExternalEndpoint("http://10.0.0.7:8000"),),
     "scale_up": ScaleUp(step=2),
     "scale_down": ScaleDown(step=2),
+    "hand_over": HandOver(margin_seconds=2),
     "start_timeout_seconds": 1,
     "drain_timeout_seconds": 1,
     "unhealthy_timeout_seconds": 1,
@@ -61,8 +63,11 @@ def test_what_says_how_many_and_how_long_does_not_change_the_hash(field: str) ->
 
 def test_every_field_of_the_resources_and_of_vllm_changes_the_hash() -> None:
     slurm: dict[str, Any] = {field.name: 7 for field in fields(SlurmResources)}
+    del slurm["min_time_limit_seconds"]  # says when to submit, not what
     hashes = {spec_hash(a_spec(slurm=replace(SlurmResources(3600), **{name: to}))) for name, to in slurm.items()}
     assert len(hashes - {spec_hash(a_spec())}) == len(slurm)
+    patient = replace(SlurmResources(3600), min_time_limit_seconds=7)
+    assert spec_hash(a_spec(slurm=patient)) == spec_hash(a_spec())
     vllm: dict[str, Any] = {
         "image": "two.sif",
         "model_path": "/models/m",
