@@ -112,8 +112,8 @@ def plan(scene: Scene, *, now: datetime, rules: PlanRules) -> list[Action]:
     missing = _missing(scene, current, outdated)
     back = [replica for replica in returnable if replica.name not in walltimes.soon][: max(0, missing)]
     actions.extend(Move(replica, Phase.RUNNING, message="wanted again before it was drained") for replica in back)
-    wanted = max(0, scene.target - len(current) - len(going)) - len(back)  # what no predecessor makes room for
     unfollowed = [replica.id for replica in going if replica.id not in walltimes.successors]
+    wanted = max(0, scene.target - len(current) - len(unfollowed)) - len(back)  # what no predecessor makes room for
     places: list[int | None] = [*[None] * wanted, *unfollowed]
     beside = tuple(replica.name for replica in outdated if replica.name in scene.to_vacate)
     actions.extend(_additions(scene, current, places[: max(0, missing - len(back))], now, rules, beside))

@@ -102,6 +102,12 @@ def test_a_successor_names_its_predecessor() -> None:
     assert planned(scene(a_short_set(), [ending(7, 450)])) == [Create("s", succeeds=7)]
 
 
+def test_what_is_lost_during_a_hand_over_is_replaced_at_once() -> None:
+    """The predecessor's place is taken by its successor already: it keeps nobody else's free."""
+    given = scene(a_short_set(2, max_replicas=4), [ending(1, 450), after(2, 1, QUEUED)])
+    assert planned(given) == [Create("s")]
+
+
 def test_the_lead_is_what_was_measured_and_until_then_the_specs() -> None:
     assert start_lead(a_short_set()) == timedelta(seconds=200)
     assert start_lead(a_short_set(lead=12.5)) == timedelta(seconds=12.5)
