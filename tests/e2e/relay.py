@@ -58,6 +58,11 @@ class Relay:
         """Do this when the next request that holds `text` was answered, and pass the answer on after."""
         self._after.append((text, act))
 
+    @property
+    def is_done(self) -> bool:
+        """Was everything met that it was told to do or to lose, and done?"""
+        return not (self._to_lose or self._to_swallow or self._before or self._after or self._doing)
+
     def forget(self) -> None:
         """Do and lose nothing of what was not met yet."""
         for orders in (self._to_lose, self._to_swallow, self._before, self._after):

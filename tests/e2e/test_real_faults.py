@@ -96,6 +96,43 @@ async def test_a_submit_into_a_frozen_controller_is_adopted_when_that_wakes(
         assert job.job_id == replica.slurm_job_id
 
 
+async def test_a_submit_in_a_frozen_slurmrestd_is_adopted_by_the_control_plane_after_the_one_that_was_killed(
+    directory: Path, slurm: SlurmCluster, database_url: str
+) -> None:
+    up = Plant(directory / "plant", slurm, database_url)
+    await asyncio.to_thread(up.start)
+    try:
+        async with Relay(slurm.url) as relay, Database(DatabaseOptions(database_url)) as db:
+
+            async def freeze() -> None:
+                slurm.kill("slurmrestd", signal.SIGSTOP)
+
+            async def is_under_way() -> bool:
+                return [one.phase for one in await replicas.load_live(db)] == [Phase.SUBMITTING]
+
+            async def is_up() -> bool:
+                return len(await endpoints.load_routable(db)) == 1
+
+            await replica_sets.apply(db, plant.SPEC, actor="test", now=utc_now())
+            await asyncio.to_thread(up.serve, "control", "control", {"CONTROLPLANE_SLURM__URL": relay.url})
+            relay.before(SUBMIT, freeze)
+            try:
+                await replica_sets.scale(db, plant.SPEC.name, replicas=1, actor="test", now=utc_now())
+                await eventually(lambda: relay.is_done, timeout_seconds=30)
+                assert await is_under_way()
+                await asyncio.to_thread(up.kill, "control")
+                await asyncio.to_thread(up.restart, "control")
+                assert await is_under_way()
+            finally:
+                slurm.kill("slurmrestd", signal.SIGCONT)
+            await eventually(is_up, timeout_seconds=60)
+            assert "found by name and adopted" in await messages_of(db)
+            assert list((await submits_of(db)).values()) == [1]
+            assert len(await jobs_of(slurm, db)) == 1
+    finally:
+        await asyncio.to_thread(up.stop)
+
+
 async def until_slurmrestd_waits(slurm: SlurmCluster) -> None:
     """Until it has sent the submit on: a connection to the frozen slurmctld holds bytes that nobody reads."""
     port = slurm.port("slurmctld")
