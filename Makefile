@@ -10,10 +10,12 @@ SYSTEM_PYTHON = $(shell for python in /usr/bin/python3 python3; do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lock clean packages python
+.PHONY: help setup demo test check sim sim-mutations lock clean packages python
+
+SEEDS := 1000
 
 help: ## say what can be made
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: packages $(INSTALLED) ## install Debian's packages and Python's into .venv, as far as they are missing
 
@@ -22,6 +24,12 @@ demo: setup ## show the whole loop on this machine: an alert, Slurm jobs, reques
 
 test: setup ## run all tests, on real PostgreSQL, Slurm, Prometheus and Alertmanager
 	@$(VENV)/bin/pytest
+
+sim: setup ## live SEEDS=1000 simulated worlds full of faults, or tell one of them: SEED=4711
+	@$(PYTHON) -m tests.sim $(if $(SEED),--seed $(SEED),--seeds $(SEEDS))
+
+sim-mutations: setup ## plant known mistakes in the product, and show that the simulation finds each
+	@$(PYTHON) -m tests.sim --mutations
 
 check: python ## lint, formatting, types, and who may import whom
 	@$(VENV)/bin/ruff check
