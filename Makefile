@@ -10,7 +10,10 @@ SYSTEM_PYTHON = $(shell for python in /usr/bin/python3 python3; do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slurm-matrix kill-rounds hand-over bench-webhooks check lock clean packages python
+.PHONY: help setup demo test test-slurm-matrix sim sim-mutations kill-rounds hand-over bench-webhooks check lock clean \
+	packages python
+
+SEEDS := 1000
 
 help: ## say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +26,12 @@ demo: setup ## show the whole loop on this machine: an alert, Slurm jobs, reques
 test: setup ## run all tests, on real PostgreSQL, Slurm, Prometheus and Alertmanager
 	@$(VENV)/bin/pytest
 
+sim: setup ## live SEEDS=1000 simulated worlds full of faults, or tell one of them: SEED=4711
+	@$(PYTHON) -m tests.sim $(if $(SEED),--seed $(SEED),--seeds $(SEEDS))
+
+sim-mutations: setup ## plant known mistakes in the product, and show that the simulation finds each
+	@$(PYTHON) -m tests.sim --mutations
+
 test-slurm-matrix: setup ## run the tests that talk to Slurm on three releases of it; fetches two from Debian once
 	@$(PYTHON) -m tests.e2e.slurm_matrix
 
@@ -33,6 +42,7 @@ kill-rounds: setup ## kill the control plane ROUNDS times at random moments; SEE
 
 bench-webhooks: setup ## offer 1,000 webhook posts a second for 10 s, and look for each accepted one in the database
 	@$(PYTHON) -m tests.benchmarks.webhooks
+
 hand-over: setup ## show three generations of walltimes of two minutes end under load; takes six minutes
 	@HAND_OVER_GENERATIONS=3 $(VENV)/bin/pytest -q --capture=no --log-cli-level=ERROR tests/e2e/test_hand_over.py -k generations
 

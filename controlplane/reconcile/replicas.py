@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
 from loguru import logger
@@ -82,6 +82,7 @@ class World:
     endpoints: dict[str, Endpoint]
     past: dict[str, list[PastReplica]]
     alerts: tuple[Alert, ...]
+    loaded_at: datetime  # when the replicas had been read: what they say was written by then
     names: frozenset[str] = frozenset()  # of all replicas that were live
     ends_at: dict[str, datetime] = field(default_factory=dict)  # their walltimes' ends, as Slurm told before
     forgiven: dict[str, datetime] = field(default_factory=dict)  # sets whose failures an operator forgave, and when
@@ -112,6 +113,7 @@ class ReplicaLoop:
         self._reported: dict[str, str] = {}
         self._nodes = NodeKeeper(db, slurm, options.nodes, options.stale_after)
         self._ends = EndCounter(metrics)
+        self._draining: dict[tuple[str, int], datetime] = {}  # name and version -> when it was first read so
         self.interval_seconds = options.interval_seconds
 
     async def run_once(self, now: datetime) -> str | None:
@@ -160,6 +162,7 @@ class ReplicaLoop:
     async def _load(self, now: datetime) -> World:
         sets = {one.name: one for one in await replica_sets.load_all(self._db)}
         live = list(await replicas.load_live(self._db))
+        loaded_at = self._clock()
         seen = {one.replica: one for one in await endpoints.load_live(self._db) if one.replica is not None}
         past = await self._load_past()
         longest_window = max((one.spec.scale_down.stabilization_window_seconds for one in sets.values()), default=0)
@@ -168,7 +171,7 @@ class ReplicaLoop:
         ends_at = await slurm_jobs.load_ends(self._db)
         forgiven = await back_offs.load_forgiven(self._db)
         heard = await alerts.load_since(self._db, since)
-        return World(sets, live, seen, past, heard, names, ends_at, forgiven)
+        return World(sets, live, seen, past, heard, loaded_at, names, ends_at, forgiven)
 
     async def _load_past(self) -> dict[str, list[PastReplica]]:
         past: dict[str, list[PastReplica]] = defaultdict(list)
@@ -285,10 +288,12 @@ class ReplicaLoop:
         await endpoints.ensure(self._db, replica, f"http://{host}:{replica.port}")
 
     async def _note_idle(self, world: World) -> None:
-        for replica in world.replicas:
-            if replica.phase is not Phase.DRAINING:
-                continue
-            since = idle_since(replica, world.endpoints.get(replica.name), self._options.rules)
+        """`phase_since` is the time of the round that began the drain, which may have been written much later."""
+        draining = {(one.name, one.version): one for one in world.replicas if one.phase is Phase.DRAINING}
+        self._draining = {key: self._draining.get(key, world.loaded_at) for key in draining}
+        for key, replica in draining.items():
+            known = replace(replica, phase_since=max(replica.phase_since, self._draining[key]))
+            since = idle_since(known, world.endpoints.get(replica.name), self._options.rules)
             if since != replica.idle_since:
                 await replicas.mark_idle(self._db, replica, since)
 

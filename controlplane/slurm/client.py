@@ -21,6 +21,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Protocol, Self, TypeVar
 from urllib.parse import quote
 
+import httpx
+
 from controlplane.core.nodes import SlurmNode
 from controlplane.core.reservations import Calendar, Reservation
 from controlplane.core.types import JobList, JobState, SlurmJob
@@ -89,7 +91,7 @@ class OnCall(Protocol):
 
 
 class SlurmClient:
-    """One slurmrestd, seen as one user. Safe for concurrent use; close it when done."""
+    """One slurmrestd, seen as one user. Safe for concurrent use; close it when done. `network` as in `Transport`."""
 
     def __init__(
         self,
@@ -97,6 +99,7 @@ class SlurmClient:
         *,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         on_call: OnCall | None = None,
+        network: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._options = options
         self._clock = clock
@@ -105,6 +108,7 @@ class SlurmClient:
             options.url,
             timeout_seconds=options.timeout_seconds,
             connect_timeout_seconds=options.connect_timeout_seconds,
+            network=network,
         )
         self._dialect = DIALECTS.get(options.api_version)
         self._user_names = {} if options.user_id is None else {options.user_id: options.user_name}
@@ -228,6 +232,8 @@ class SlurmClient:
         def read(answer: Answer) -> str:
             if answer.status != 200 and not isinstance(error := judge(answer, changes=False), SlurmRejected):
                 raise error
+            if answer.body is None:  # not to be remembered as "Slurm knows no better"
+                raise SlurmProtocolError(f"HTTP {answer.status} without a node: {answer.text}")
             return wire.read_node_address(answer, node)
 
         address = await self._exchange("node", "GET", f"node/{quote(node, safe='')}", read)

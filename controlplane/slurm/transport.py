@@ -19,6 +19,7 @@ import tenacity
 from controlplane.slurm.errors import SlurmAmbiguous, SlurmUnreachable, foreign_text
 
 _CERTAINLY_NOT_SENT: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+_RETRY_SECONDS: Final = 0.1  # the first pause before a connection is tried again
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +41,26 @@ class Answer:
 
 
 class Transport:
-    """Sends requests to one slurmrestd. `url` is `http://host:port`, `https://...` or `unix:/path/to/socket`."""
+    """Sends requests to one slurmrestd. `url` is `http://host:port`, `https://...` or `unix:/path/to/socket`.
 
-    def __init__(self, url: str, *, timeout_seconds: float, connect_timeout_seconds: float) -> None:
+    `network`: what carries the bytes instead of a socket; a connection that it cannot make is tried again at once.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_seconds: float,
+        connect_timeout_seconds: float,
+        network: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
         is_socket = url.startswith("unix:")
         self._timeout_seconds = timeout_seconds
+        self._retry_seconds = _RETRY_SECONDS if network is None else 0.0
         self._client = httpx.AsyncClient(
             base_url="http://localhost" if is_socket else url,
-            transport=httpx.AsyncHTTPTransport(
+            transport=network
+            or httpx.AsyncHTTPTransport(
                 uds=url.removeprefix("unix:") if is_socket else None,
                 limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
                 trust_env=False,
@@ -84,7 +97,7 @@ class Transport:
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(httpx.ConnectError),
             stop=tenacity.stop_after_attempt(3),
-            wait=tenacity.wait_random_exponential(multiplier=0.1, max=1.0),
+            wait=tenacity.wait_random_exponential(multiplier=self._retry_seconds, max=1.0),
             reraise=True,
         )
         return await retrying(self._client.send, request)

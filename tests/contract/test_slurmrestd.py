@@ -680,6 +680,17 @@ async def test_nodes_are_kept_from_our_waiting_job_and_from_no_other(
     assert [one.method for one in slurmrestd.requests[asked:]] == ["GET", "GET", "POST", "GET"]
 
 
+@pytest.mark.recorded("ping", "node_one")
+async def test_a_node_that_could_not_be_read_is_asked_for_again(
+    client: SlurmClient, slurmrestd: Slurmrestd, recording: Recording
+) -> None:
+    slurmrestd.replay(recording, "ping")
+    slurmrestd.answer("GET", "node/n1", (200, '{"nodes": [{"na'), (200, recording["node_one"].body))
+    with pytest.raises(SlurmProtocolError):
+        await client.node_address("n1")
+    assert await client.node_address("n1") == "127.0.0.1"
+
+
 @pytest.mark.recorded("ping", "submit_held", "submit_full")
 async def test_a_submit_has_the_shapes_that_this_release_has_taken(
     client: SlurmClient, slurmrestd: Slurmrestd, recording: Recording

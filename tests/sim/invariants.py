@@ -1,0 +1,312 @@
+"""What must never be seen, whatever happens: looked for in the database and in Slurm itself, after every step.
+
+The numbers are those of the invariants:
+
+1. At most one live Slurm job per replica name, ever; a job runs only once the database knows its id.
+2. No plan, whole or torn, makes more exist than the bounds allow.
+3. Replayed, permuted or dropped webhooks change when, not where, the world settles.
+4. Blindness is no reason to submit, to cancel, to give a job up, or to shrink.
+5. What may have been given requests is not cancelled before it was drained, unless an operator forces it.
+6. No request in flight is cut by a scale-down, a roll or a replacement before the drain's deadline.
+7. ENDED is final; a constant count is reached in a bounded number of rounds.
+
+And nothing is ever cancelled, or released, that is not ours.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from datetime import datetime, timedelta
+from typing import Any
+
+import psycopg
+from psycopg.rows import dict_row
+
+from tests.sim.grafana import Grafana
+from tests.sim.product import OPERATOR, ORPHAN_GRACE, STALE_AFTER
+from tests.sim.slurm import US, Engine, Job, Slurm
+from tests.sim.steps import Fate, Process
+
+Row = dict[str, Any]
+_EXISTING = ("PENDING", "SUBMITTING", "QUEUED", "RUNNING")
+_STEPS = {
+    (None, "PENDING"),
+    ("PENDING", "SUBMITTING"),
+    ("PENDING", "QUEUED"),
+    ("PENDING", "ENDED"),
+    ("SUBMITTING", "PENDING"),
+    ("SUBMITTING", "QUEUED"),
+    ("SUBMITTING", "ENDED"),
+    ("QUEUED", "RUNNING"),
+    ("QUEUED", "STOPPING"),
+    ("QUEUED", "ENDED"),
+    ("RUNNING", "QUEUED"),
+    ("RUNNING", "DRAINING"),
+    ("RUNNING", "STOPPING"),
+    ("RUNNING", "ENDED"),
+    ("DRAINING", "RUNNING"),
+    ("DRAINING", "STOPPING"),
+    ("DRAINING", "ENDED"),
+    ("STOPPING", "ENDED"),
+}
+
+
+class Broken(AssertionError):
+    """An invariant does not hold."""
+
+
+class Watch:
+    """Looks at everything, by a connection of its own, and raises `Broken`."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        slurm: Slurm,
+        grafana: Grafana,
+        clock: Callable[[], datetime],
+        instance_id: str,
+        submit_grace: timedelta,
+    ) -> None:
+        self._connection = psycopg.connect(url, autocommit=True, row_factory=dict_row)
+        self._slurm = slurm
+        self._grafana = grafana
+        self._clock = clock
+        self._instance_id = instance_id
+        self._submit_grace = submit_grace
+        self._submits: Counter[str] = Counter()  # requests made up, by name
+        self._last_submit_failed: dict[str, bool] = {}  # by name: certainly, or it was not even sent
+        self._steps_seen: set[tuple[int, int]] = set()
+        self._ended: dict[str, Row] = {}
+        self._last_decision = 0
+        self.sees_stale_list: Callable[[], bool] = lambda: False
+        self.told: Callable[[str], None] = lambda words: None
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def rows(self, query: str, parameters: Iterable[Any] = ()) -> list[Row]:
+        return self._connection.execute(query, tuple(parameters)).fetchall()
+
+    def replica(self, name: str) -> Row | None:
+        found = self.rows("SELECT * FROM replicas WHERE name = %s", [name])
+        return found[0] if found else None
+
+    # --- as it is asked for --------------------------------------------------------------------------------
+
+    def on_request(self, process: Process, method: str, path: str, name: str | None) -> None:
+        """A request has reached slurmrestd, and nothing was done about it yet."""
+        if method == "GET":
+            return
+        if not process.has_seen_jobs:
+            raise Broken(f"4: {method} {path} in a round of {process.name} that had no complete list of jobs")
+        if path.endswith("/submit"):
+            assert name is not None
+            self._on_submit(name)
+            return
+        job = self._slurm.jobs.get(int(path.rsplit("/", 1)[1]))
+        if job is None or job.is_over:
+            return
+        if job.user != US or job.comment != f"{job.name} {self._instance_id}":
+            raise Broken(f"{method} of job {job.job_id}, which is {job.name} of {job.user} and not ours")
+        if method == "DELETE":
+            self._on_cancel(job)
+
+    def on_submit_composed(self, name: str) -> None:
+        self._last_submit_failed[name] = False
+
+    def on_submit_failed(self, name: str) -> None:
+        """Certainly, as its sender was told."""
+        self._last_submit_failed[name] = True
+
+    def _on_submit(self, name: str) -> None:
+        self._submits[name] += 1
+        [row] = self.rows(
+            "SELECT count(*) AS intents FROM replica_history h JOIN replicas r ON r.id = h.replica_id "
+            "WHERE r.name = %s AND h.to_phase = 'SUBMITTING'",
+            [name],
+        )
+        if self._submits[name] > row["intents"]:
+            raise Broken(f"1: {name} was sent {self._submits[name]} times for {row['intents']} intents")
+
+    def _on_cancel(self, job: Job) -> None:
+        row = self.replica(job.name)
+        if row is None:
+            if self._clock() - job.submitted_at < ORPHAN_GRACE:
+                raise Broken(f"1: orphan {job.job_id} {job.name} was cancelled inside its grace time")
+            return
+        is_twin = row["slurm_job_id"] not in (None, job.job_id)
+        if not is_twin and row["phase"] not in ("STOPPING", "ENDED"):
+            raise Broken(f"5: job {job.job_id} of {job.name} was cancelled while that is {row['phase']}")
+        self._check_streams(job, row)
+
+    def _check_streams(self, job: Job | None, row: Row) -> None:
+        """May this job be cancelled, for all the requests that are in flight there?"""
+        engine = self._slurm.engine_of(job) if job is not None and job.state == "RUNNING" else None
+        if engine is not None and engine.dies_at is None and engine.in_flight and not self._may_cut(row):
+            raise Broken(f"6: {engine.in_flight} requests of {row['name']} are cut: {row['reason']}, {row['message']}")
+
+    def _may_cut(self, row: Row) -> bool:
+        if row["drain_deadline"] is not None and row["drain_deadline"] <= self._clock():
+            return True
+        forced = (
+            "SELECT count(*) AS n FROM replica_history WHERE replica_id = %s AND actor = %s AND to_phase = 'STOPPING'"
+        )
+        if self.rows(forced, [row["id"], OPERATOR])[0]["n"]:
+            return True
+        # Slurm showed the job as over, or as requeued, and then it came back to life
+        return bool(row["reason"] in ("NODE_FAIL", "PREEMPTED", "TIME_LIMIT", "CRASHED", "CANCELLED_OUTSIDE", "LOST"))
+
+    def on_start(self, engine: Engine) -> None:
+        """A process has just been started for a job."""
+        row = self.replica(engine.name)
+        if row is None or row["slurm_job_id"] != engine.job_id:
+            raise Broken(f"1: job {engine.job_id} of {engine.name} runs, and the database does not know its id")
+
+    # --- after a step --------------------------------------------------------------------------------------
+
+    def check_slurm(self) -> None:
+        alive: dict[str, set[int]] = {}
+        for engine in self._slurm.engines:
+            alive.setdefault(engine.name, set()).add(engine.job_id)
+        for job in self._slurm.jobs.values():
+            if job.is_ours and job.may_run:
+                alive.setdefault(job.name, set()).add(job.job_id)
+        for name, ids in alive.items():
+            if len(ids) > 1:
+                raise Broken(f"1: {name} lives more than once: jobs {sorted(ids)}")
+
+    def check_replicas(self) -> None:
+        replicas = {row["id"]: row for row in self.rows("SELECT * FROM replicas")}
+        for name, before in self._ended.items():
+            if replicas.get(before["id"]) != before:
+                raise Broken(f"7: {name} had ended and was changed")
+        steps = self.rows("SELECT * FROM replica_history ORDER BY at, replica_id, version")
+        new = [one for one in steps if (one["replica_id"], one["version"]) not in self._steps_seen]
+        for step in new:
+            self._steps_seen.add((step["replica_id"], step["version"]))
+            self._check_step(step, replicas[step["replica_id"]], steps)
+        for step in new:
+            if _adds_one(step):
+                self._check_bounds(step, replicas[step["replica_id"]], replicas.values())
+        self._ended |= {row["name"]: row for row in replicas.values() if row["phase"] == "ENDED"}
+
+    def check_decisions(self) -> None:
+        for decision in self.rows("SELECT * FROM decisions WHERE id > %s ORDER BY id", [self._last_decision]):
+            self._last_decision = decision["id"]
+            self._check_decision(decision)
+
+    def _check_step(self, step: Row, replica: Row, steps: list[Row]) -> None:
+        self.told(_words(replica["name"], step))
+        name, by_operator = replica["name"], step["actor"] == OPERATOR
+        here = (step["from_phase"], step["to_phase"])
+        if here not in _STEPS:
+            raise Broken(f"7: {name} went {here}")
+        if here[1] == "SUBMITTING":
+            self._last_submit_failed[name] = True  # nothing was sent yet
+        if here == ("RUNNING", "STOPPING") and not by_operator:
+            raise Broken(f"5: {name} went from RUNNING to STOPPING without a drain")
+        if here == ("DRAINING", "STOPPING"):
+            self._check_streams(self._slurm.jobs.get(step["slurm_job_id"]), replica)
+        if step["reason"] == "LOST" and step["to_phase"] == "ENDED" and here[0] in ("QUEUED", "RUNNING"):
+            job = self._slurm.jobs.get(step["slurm_job_id"])
+            is_there = job is not None and job.is_ours and job.name == name and not job.is_over
+            if is_there and not self.sees_stale_list():
+                raise Broken(f"4: {name} was given up as LOST while job {step['slurm_job_id']} is there")
+        if here == ("SUBMITTING", "PENDING") and not self._last_submit_failed.get(name, False):
+            asked = [
+                one for one in steps if one["replica_id"] == step["replica_id"] and one["to_phase"] == "SUBMITTING"
+            ]
+            since = max(one["at"] for one in asked if one["version"] < step["version"])
+            if step["at"] - since < self._submit_grace:
+                raise Broken(f"1: {name} may be sent again {step['at'] - since} after an answer that was lost")
+
+    def _check_bounds(self, step: Row, replica: Row, replicas: Iterable[Row]) -> None:
+        [one] = self.rows("SELECT * FROM replica_sets WHERE name = %s", [replica["replica_set"]])
+        own = [row for row in replicas if row["replica_set"] == one["name"] and row["phase"] != "ENDED"]
+        current = [row for row in own if row["phase"] in _EXISTING and row["spec_hash"] == one["spec_hash"]]
+        if len(current) > one["max_replicas"]:
+            raise Broken(f"2: {len(current)} replicas of {one['name']} exist, and max is {one['max_replicas']}")
+        if step["from_phase"] is None and len(own) > one["max_replicas"] + one["spec"]["surge"]:
+            raise Broken(f"2: {len(own)} replicas of {one['name']} live, above max and surge")
+
+    def _check_decision(self, decision: Row) -> None:
+        self.told(
+            f"{decision['actor']}: {decision['replica_set']} {decision['previous']} -> {decision['desired']}, "
+            f"{decision['reason']}: {decision['explanation']}"
+        )
+        if decision["actor"] != "reconciler" or decision["reason"] not in ("SCALED_UP", "SCALED_DOWN"):
+            if decision["actor"] == "reconciler" and decision["desired"] < decision["previous"]:
+                raise Broken(f"4: {decision['replica_set']} shrank: {decision['reason']}")
+            return
+        grows = decision["desired"] > decision["previous"]
+        rules = [self._grafana.rule(key) for key in decision["alerts"]]
+        if not rules:
+            raise Broken(f"4: {decision['replica_set']} was scaled by no alert")
+        for rule in rules:
+            assert rule is not None
+            if rule.action != ("scale_up" if grows else "scale_down") or rule.state_reason is not None:
+                raise Broken(f"4: {decision['replica_set']} {decision['reason']} because of {rule.labels}")
+            ended_long_ago = rule.ends_at is not None and self._clock() - rule.ends_at > STALE_AFTER + timedelta(
+                minutes=2
+            )
+            if rule.starts_at is None or (not rule.is_firing and ended_long_ago):
+                raise Broken(f"4: {decision['replica_set']} {decision['reason']} because of what fires no more")
+
+    # --- when it is quiet ----------------------------------------------------------------------------------
+
+    def unsettled(self) -> str | None:
+        """Why the world is not settled, in words; None: every job has its intent, every intent its job and endpoint."""
+        live = self.rows(
+            "SELECT r.*, e.health FROM replicas r LEFT JOIN endpoints e ON e.replica_id = r.id WHERE r.phase <> 'ENDED'"
+        )
+        jobs = self._slurm.ours_alive()
+        names = Counter(job.name for job in jobs)
+        sets = self.rows("SELECT * FROM replica_sets")
+        for one in sets:
+            wanted = self._where_alerts_lead(one) if len(sets) == 1 else None
+            if wanted not in (None, one["desired_replicas"]):
+                return f"{one['name']} desires {one['desired_replicas']}, and what fires asks for {wanted}"
+            own = [row for row in live if row["replica_set"] == one["name"]]
+            target = 0 if one["is_paused"] else one["desired_replicas"]
+            if len(own) != target:
+                return f"{one['name']} wants {target} and has {[(row['name'], row['phase']) for row in own]}"
+            for row in own:
+                if (row["phase"], row["health"], row["spec_hash"]) != ("RUNNING", "READY", one["spec_hash"]):
+                    return f"{row['name']} is {row['phase']}, its endpoint {row['health']}"
+        if names != Counter(row["name"] for row in live):
+            return f"jobs {sorted(names.elements())} and intents {sorted(row['name'] for row in live)}"
+        known = {(row["slurm_job_id"], row["name"]) for row in live}
+        if known != {(job.job_id, job.name) for job in jobs} or any(job.state != "RUNNING" for job in jobs):
+            return f"intents {sorted(known)} and jobs {[(job.job_id, job.name, job.state) for job in jobs]}"
+        return None if self._slurm.is_quiet else "Slurm has something under way"
+
+    def _where_alerts_lead(self, replica_set: Row) -> int | None:
+        """Invariant 3: what fires in the end decides where the only set comes to, however it was told of it."""
+        firing = {rule.action for rule in self._grafana.rules if rule.is_firing and rule.state_reason is None}
+        if replica_set["is_paused"]:
+            return None
+        if "scale_up" in firing:
+            return int(replica_set["max_replicas"])
+        return int(replica_set["min_replicas"]) if "scale_down" in firing else None
+
+
+def has_certainly_failed(fate: Fate, status: int, content: bytes) -> bool:
+    """Did a submit certainly make no job, as far as its sender can know?"""
+    if fate in (Fate.REFUSED, Fate.NOT_CONNECTED):
+        return True
+    said = any(number in content for number in (b"1800", b"1007"))
+    return fate in (Fate.DONE, Fate.SLOW, Fate.DIES_AFTER) and status != 200 and (said or status in (401, 404, 511))
+
+
+def _adds_one(step: Row) -> bool:
+    """Does one more exist by this step of the reconciler's?"""
+    here = (step["from_phase"], step["to_phase"])
+    return here == (None, "PENDING") or (here == ("DRAINING", "RUNNING") and step["actor"] != OPERATOR)
+
+
+def _words(name: str, step: Row) -> str:
+    job = f" job {step['slurm_job_id']}" if step["slurm_job_id"] else ""
+    why = ", ".join(filter(None, (step["reason"], step["message"])))
+    return f"{step['actor']}: {name} {step['from_phase']} -> {step['to_phase']}{job}{f' ({why})' if why else ''}"
