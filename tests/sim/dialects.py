@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tests.sim.slurm import Job
+    from tests.sim.slurm import Job, Reservation
 
 Reply = tuple[int, dict[str, Any] | str]
 UNKNOWN_PATH: Reply = (404, "Unable find requested URL. Please view /openapi/v3 for API reference.")
@@ -23,6 +23,8 @@ _TIMED_OUT = "Socket timed out on send/recv operation"
 _ZERO_BYTES = "Zero Bytes were transmitted or received"
 _FINISHED = "Job has already finished"
 _HELD = "Job is in held state, pending scheduler release"
+_NOT_PENDING = "Job is no longer pending execution"
+_INVALID_NODE = "Invalid node name specified"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ class Old:
 
     version = "v0.0.38"
     can_forbid_requeue = False
+    excluded_nodes = "exclude_nodes"  # to be asked with; the name it shows is refused
 
     def ping(self, trouble: Trouble | None) -> Reply:
         if trouble is not None:
@@ -83,12 +86,40 @@ class Old:
     def already_over(self, *, cancels: bool) -> Reply:
         return self.done() if cancels else self.not_done(Trouble(2084, _FINISHED), cancels=False)
 
-    def node(self, name: str, address: str) -> Reply:
-        return 200, {"meta": self._meta, "errors": [], "nodes": [{"name": name, "address": address}]}
+    def not_pending(self) -> Reply:
+        return self.not_done(Trouble(2073, _NOT_PENDING), cancels=False)
 
-    def node_trouble(self) -> Reply:
-        body = {"meta": self._meta, "errors": [{"errno": 1800, "error": _NO_CONTROLLER}], "nodes": []}
-        return 500, body
+    def unknown_nodes(self) -> Reply:
+        return self.not_submitted(Trouble(2018, _INVALID_NODE))
+
+    def asked_to_exclude(self, told: Any) -> set[str]:
+        """Text with commas."""
+        assert isinstance(told, str)
+        return set(filter(None, told.split(",")))
+
+    def nodes(self, addresses: Mapping[str, str], partition: str) -> Reply:
+        shown = [
+            {"name": name, "address": address, "state": "idle", "state_flags": [], "partitions": [partition]}
+            | {"active_features": ""}
+            for name, address in addresses.items()
+        ]
+        return 200, {"meta": self._meta, "errors": [], "nodes": shown}
+
+    def partitions(self, name: str, nodes: str) -> Reply:
+        shown = [{"flags": ["default"], "name": name, "nodes": nodes, "total_nodes": 3}]
+        return 200, {"meta": self._meta, "errors": [], "partitions": shown}
+
+    def reservations(self, reservations: list[Reservation]) -> Reply:
+        shown = [
+            {**_common_reservation(one), "start_time": _seconds(one.starts_at), "end_time": _seconds(one.ends_at)}
+            for one in reservations
+        ]
+        return 200, {"meta": self._meta, "errors": [], "reservations": shown}
+
+    def no_list(self, key: str, trouble: Trouble) -> Reply:
+        """Of anything but jobs."""
+        number, error = (trouble.number, trouble.error) if key == "nodes" else (-1, "Unspecified error")
+        return 500, {"meta": self._meta, "errors": [{"errno": number, "error": error}], key: []}
 
     _meta: Mapping[str, Any] = {"Slurm": {"version": {"major": 22, "micro": 8, "minor": 5}, "release": "22.05.8"}}
 
@@ -112,6 +143,7 @@ class New:
 
     version = "v0.0.42"
     can_forbid_requeue = True
+    excluded_nodes = "excluded_nodes"
 
     def ping(self, trouble: Trouble | None) -> Reply:
         is_up = trouble is None
@@ -157,11 +189,41 @@ class New:
             return 500, {"results": None, **self._errors("slurm_update_job2()", 2084, _FINISHED)}
         return 200, {"status": [{"error": {"code": 2021}, "step_id": ""}], **self._quiet()}
 
-    def node(self, name: str, address: str) -> Reply:
-        return 200, {"nodes": [{"name": name, "address": address}], **self._quiet()}
+    def not_pending(self) -> Reply:
+        return 500, {"results": None, **self._errors("slurm_update_job2()", 2073, _NOT_PENDING)}
 
-    def node_trouble(self) -> Reply:
-        return 502, {"nodes": [], **self._errors("slurm_load_node", 1800, _NO_CONTROLLER)}
+    def unknown_nodes(self) -> Reply:
+        return 500, self._errors("slurm_submit_batch_job()", 2018, _INVALID_NODE)
+
+    def asked_to_exclude(self, told: Any) -> set[str] | None:
+        """A list of names; one without names changes nothing, and empty text takes it back."""
+        assert told == "" or isinstance(told, list)
+        return set() if told == "" else set(told) or None
+
+    def nodes(self, addresses: Mapping[str, str], partition: str) -> Reply:
+        shown = [
+            {"name": name, "address": address, "state": ["IDLE"], "partitions": [partition], "active_features": []}
+            for name, address in addresses.items()
+        ]
+        return 200, {"nodes": shown, **self._quiet()}
+
+    def partitions(self, name: str, nodes: str) -> Reply:
+        return 200, {"partitions": [{"name": name, "nodes": {"configured": nodes, "total": 3}}], **self._quiet()}
+
+    def reservations(self, reservations: list[Reservation]) -> Reply:
+        shown = [
+            {
+                **_common_reservation(one),
+                "core_specializations": [],
+                "start_time": _number(_seconds(one.starts_at)),
+                "end_time": _number(_seconds(one.ends_at)),
+            }
+            for one in reservations
+        ]
+        return 200, {"reservations": shown, **self._quiet()}
+
+    def no_list(self, key: str, trouble: Trouble) -> Reply:
+        return self._status(trouble), {key: [], **self._errors(f"slurm_load_{key}", trouble.number, trouble.error)}
 
     _meta: Mapping[str, Any] = {
         "slurm": {"version": {"major": "24", "micro": "5", "minor": "11"}, "release": "24.11.5"}
@@ -205,6 +267,17 @@ def _common(job: Job) -> dict[str, Any]:
         "nodes": job.node,
         "batch_host": job.node,
         "restart_cnt": job.restarts,
+        "excluded_nodes": ",".join(sorted(job.excluded)),
+    }
+
+
+def _common_reservation(reservation: Reservation) -> dict[str, Any]:
+    return {
+        "name": reservation.name,
+        "node_list": ",".join(sorted(reservation.nodes)),
+        "flags": ["MAINT", "SPEC_NODES"],
+        "users": "root",
+        "partition": "",
     }
 
 

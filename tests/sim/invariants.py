@@ -3,7 +3,9 @@
 The numbers are those of the invariants:
 
 1. At most one live Slurm job per replica name, ever; a job runs only once the database knows its id.
-2. No plan, whole or torn, makes more exist than the bounds allow.
+2. No plan, whole or torn, makes more exist than the bounds allow: of those that are to stay max, of all that live max
+   and surge. A replica whose walltime ends and its successor count once; what is on a drained node counts not as to
+   stay. Nobody has two successors, and none is made for what has not served, or is a successor in waiting itself.
 3. Replayed, permuted or dropped webhooks change when, not where, the world settles.
 4. Blindness is no reason to submit, to cancel, to give a job up, or to shrink.
 5. What may have been given requests is not cancelled before it was drained, unless an operator forces it.
@@ -16,7 +18,7 @@ And nothing is ever cancelled, or released, that is not ours.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -155,8 +157,8 @@ class Watch:
         )
         if self.rows(forced, [row["id"], OPERATOR])[0]["n"]:
             return True
-        # Slurm showed the job as over, or as requeued, and then it came back to life
-        return bool(row["reason"] in ("NODE_FAIL", "PREEMPTED", "TIME_LIMIT", "CRASHED", "CANCELLED_OUTSIDE", "LOST"))
+        # Slurm showed the job as over, or did not know it, and then it came back to life
+        return bool(row["phase"] == "ENDED")
 
     def on_start(self, engine: Engine) -> None:
         """A process has just been started for a job."""
@@ -190,6 +192,8 @@ class Watch:
         for step in new:
             if _adds_one(step):
                 self._check_bounds(step, replicas[step["replica_id"]], replicas.values())
+            if step["from_phase"] is None and replicas[step["replica_id"]]["succeeds"] is not None:
+                self._check_successor(step, replicas[step["replica_id"]], replicas)
         self._ended |= {row["name"]: row for row in replicas.values() if row["phase"] == "ENDED"}
 
     def check_decisions(self) -> None:
@@ -225,19 +229,59 @@ class Watch:
     def _check_bounds(self, step: Row, replica: Row, replicas: Iterable[Row]) -> None:
         [one] = self.rows("SELECT * FROM replica_sets WHERE name = %s", [replica["replica_set"]])
         own = [row for row in replicas if row["replica_set"] == one["name"] and row["phase"] != "ENDED"]
-        current = [row for row in own if row["phase"] in _EXISTING and row["spec_hash"] == one["spec_hash"]]
+        followed = {row["succeeds"] for row in own if _exists(row)}
+        current = {
+            row["id"]
+            for row in own
+            if _exists(row) and row["spec_hash"] == one["spec_hash"] and row["id"] not in followed
+        }
+        if len(current) > one["max_replicas"]:
+            current -= self._on_drained_nodes()
         if len(current) > one["max_replicas"]:
             raise Broken(f"2: {len(current)} replicas of {one['name']} exist, and max is {one['max_replicas']}")
         if step["from_phase"] is None and len(own) > one["max_replicas"] + one["spec"]["surge"]:
             raise Broken(f"2: {len(own)} replicas of {one['name']} live, above max and surge")
+
+    def _on_drained_nodes(self) -> set[int]:
+        found = self.rows(
+            "SELECT r.id FROM replicas r JOIN slurm_jobs j ON (j.replica_id, j.job_id) = (r.id, r.slurm_job_id) "
+            "JOIN nodes n ON n.node = j.nodes WHERE n.cause <> 'failures' AND n.cleared_at IS NULL"
+        )
+        return {row["id"] for row in found}
+
+    def _check_successor(self, step: Row, replica: Row, replicas: Mapping[int, Row]) -> None:
+        before = replicas[replica["succeeds"]]
+        twins = [row["name"] for row in replicas.values() if row["succeeds"] == before["id"] and _exists(row)]
+        if before["phase"] != "RUNNING" or twins != [replica["name"]]:
+            raise Broken(f"2: {twins} succeed {before['name']}, which is {before['phase']}")
+        if before["succeeds"] in replicas and _exists(replicas[before["succeeds"]]):
+            raise Broken(f"2: {replica['name']} succeeds {before['name']}, which is a successor in waiting itself")
+        [seen] = self.rows(
+            "SELECT j.ends_at, EXISTS (SELECT FROM endpoints e JOIN endpoint_history h ON h.endpoint_id = e.id "
+            "WHERE e.replica_id = j.replica_id AND h.health = 'READY') AS has_served "
+            "FROM slurm_jobs j WHERE (j.replica_id, j.job_id) = (%s, %s)",
+            [before["id"], before["slurm_job_id"]],
+        )
+        if not seen["has_served"]:
+            raise Broken(f"2: {replica['name']} succeeds {before['name']}, which has never served")
+        half = (seen["ends_at"] - before["running_since"]) / 2
+        if step["at"] < before["running_since"] + half:
+            raise Broken(f"2: {replica['name']} succeeds {before['name']}, which is not half through its walltime")
 
     def _check_decision(self, decision: Row) -> None:
         self.told(
             f"{decision['actor']}: {decision['replica_set']} {decision['previous']} -> {decision['desired']}, "
             f"{decision['reason']}: {decision['explanation']}"
         )
-        if decision["actor"] != "reconciler" or decision["reason"] not in ("SCALED_UP", "SCALED_DOWN"):
-            if decision["actor"] == "reconciler" and decision["desired"] < decision["previous"]:
+        if decision["actor"] != "reconciler" or decision["desired"] == decision["previous"]:
+            return
+        if self.rows("SELECT FROM freezes WHERE coalesce(replica_set, %s) = %s", [decision["replica_set"]] * 2):
+            raise Broken(f"4: {decision['replica_set']} is frozen, and was scaled: {decision['reason']}")
+        [one] = self.rows("SELECT pinned_replicas AS pin FROM replica_sets WHERE name = %s", [decision["replica_set"]])
+        if one["pin"] not in (None, decision["desired"]):
+            raise Broken(f"4: {decision['replica_set']} is pinned at {one['pin']}, and went to {decision['desired']}")
+        if decision["reason"] not in ("SCALED_UP", "SCALED_DOWN"):
+            if decision["desired"] < decision["previous"] and one["pin"] is None:
                 raise Broken(f"4: {decision['replica_set']} shrank: {decision['reason']}")
             return
         grows = decision["desired"] > decision["previous"]
@@ -257,11 +301,17 @@ class Watch:
     # --- when it is quiet ----------------------------------------------------------------------------------
 
     def unsettled(self) -> str | None:
-        """Why the world is not settled, in words; None: every job has its intent, every intent its job and endpoint."""
-        live = self.rows(
+        """Why the world is not settled, in words; None: every job has its intent, every intent its job and endpoint.
+
+        Walltimes end all the time: successors on their way, and predecessors on theirs, are what is left out.
+        """
+        living = self.rows(
             "SELECT r.*, e.health FROM replicas r LEFT JOIN endpoints e ON e.replica_id = r.id WHERE r.phase <> 'ENDED'"
         )
-        jobs = self._slurm.ours_alive()
+        existing = {row["id"] for row in living if _exists(row)}
+        in_turn = {row["name"] for row in living if row["succeeds"] in existing or row["reason"] == "HANDED_OVER"}
+        live = [row for row in living if row["name"] not in in_turn]
+        jobs = [job for job in self._slurm.ours_alive() if job.name not in in_turn]
         names = Counter(job.name for job in jobs)
         sets = self.rows("SELECT * FROM replica_sets")
         for one in sets:
@@ -280,12 +330,13 @@ class Watch:
         known = {(row["slurm_job_id"], row["name"]) for row in live}
         if known != {(job.job_id, job.name) for job in jobs} or any(job.state != "RUNNING" for job in jobs):
             return f"intents {sorted(known)} and jobs {[(job.job_id, job.name, job.state) for job in jobs]}"
-        return None if self._slurm.is_quiet else "Slurm has something under way"
+        return None if self._slurm.is_quiet or in_turn else "Slurm has something under way"
 
     def _where_alerts_lead(self, replica_set: Row) -> int | None:
         """Invariant 3: what fires in the end decides where the only set comes to, however it was told of it."""
         firing = {rule.action for rule in self._grafana.rules if rule.is_firing and rule.state_reason is None}
-        if replica_set["is_paused"]:
+        is_held = replica_set["pinned_replicas"] is not None or self.rows("SELECT FROM freezes")
+        if replica_set["is_paused"] or is_held:
             return None
         if "scale_up" in firing:
             return int(replica_set["max_replicas"])
@@ -298,6 +349,10 @@ def has_certainly_failed(fate: Fate, status: int, content: bytes) -> bool:
         return True
     said = any(number in content for number in (b"1800", b"1007"))
     return fate in (Fate.DONE, Fate.SLOW, Fate.DIES_AFTER) and status != 200 and (said or status in (401, 404, 511))
+
+
+def _exists(row: Row) -> bool:
+    return row["phase"] in _EXISTING
 
 
 def _adds_one(step: Row) -> bool:

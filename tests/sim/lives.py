@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from loguru import logger
 
 from controlplane.db import Database, DatabaseOptions
+from controlplane.db.pool import Connection
 from tests.sim.mutations import mutated
 from tests.sim.steps import Killed
 from tests.sim.world import World
@@ -74,8 +75,15 @@ async def _play(scenario: Callable[[World], Awaitable[None]], url: str) -> None:
             await world.end()
 
 
+class _Close(Database):
+    """The server is here, and stays: nobody asks it so before each use, which would be half of all that is asked."""
+
+    async def _check(self, connection: Connection) -> None:
+        pass
+
+
 def _database(url: str) -> Database:
-    return Database(DatabaseOptions(url=url, max_connections=1, timeout_seconds=60))
+    return _Close(DatabaseOptions(url=url, max_connections=1, timeout_seconds=60))
 
 
 async def _live(seeds: Iterable[int], url: str, tells: Callable[[str], None] | None) -> Failure | None:

@@ -28,6 +28,7 @@ from controlplane.reconcile.alerts import AlertPullLoop, AlertPullOptions, Alert
 from controlplane.reconcile.endpoints import EndpointLoop, EndpointOptions
 from controlplane.reconcile.pauses import PauseLoop, PauseOptions
 from controlplane.reconcile.replicas import ReplicaLoop, ReplicaOptions
+from controlplane.reconcile.staleness import StalenessLoop, StalenessOptions
 from controlplane.slurm.client import SlurmClient, SlurmOptions
 from controlplane.slurm.script import ScriptOptions
 from tests.sim.slurm import US
@@ -64,6 +65,7 @@ class ControlPlane:
     endpoints: EndpointLoop
     alerts: AlertPullLoop
     pauses: PauseLoop
+    staleness: StalenessLoop
 
 
 def a_spec(name: str, model: str, *, image: str = "one", **changes: Any) -> ReplicaSetSpec:
@@ -95,16 +97,17 @@ def control_plane(
     """A fresh process: it remembers nothing."""
     slurm = SlurmClient(SlurmOptions("http://slurm", US, token_source=token), clock=clock, network=wire)
     http = httpx.AsyncClient(transport=wire, trust_env=False)
-    # few ports, so that a replica meets what an earlier one left on its port
-    actions = ActionOptions(Path("/jobs"), SCRIPTS, instance_id, first_port=20000, last_port=20011)
+    # few ports, so that a replica could meet what an earlier one left on its port; enough for those that rest
+    actions = ActionOptions(Path("/jobs"), SCRIPTS, instance_id, first_port=20000, last_port=20029)
     options = ReplicaOptions(instance_id, stale_after=STALE_AFTER, orphan_grace=ORPHAN_GRACE, rules=RULES)
     actor = Actor(db, slurm, actions, clock, rng)
-    sources = AlertPullOptions([AlertSource("grafana", "http://grafana", org_id=ORG_ID)])
+    sources = AlertPullOptions([AlertSource("grafana", "http://grafana", org_id=ORG_ID)], absence_seconds=30)
     return ControlPlane(
         replicas=ReplicaLoop(db, slurm, actor, options, _METRICS, clock),
         endpoints=EndpointLoop(db, EndpointOptions(), clock, http),
         alerts=AlertPullLoop(db, sources, http),
         pauses=PauseLoop(db, PauseOptions()),
+        staleness=StalenessLoop(db, StalenessOptions(stale_after=STALE_AFTER)),
     )
 
 

@@ -98,13 +98,7 @@ class FakeSite:
         if fate is Fate.STALE:
             return self.slurm.stale_list(timedelta(seconds=self._rng.randint(2, 8)))
         if fate is Fate.ERROR_AFTER:
-            dialect = self.slurm.dialect
-            if method == "GET":
-                status, body = dialect.no_jobs(FROZEN, is_list=path.endswith("/jobs"))
-            elif path.endswith("/submit"):
-                status, body = dialect.not_submitted(FROZEN)
-            else:
-                status, body = dialect.not_done(FROZEN, cancels=method == "DELETE")
+            status, body = self.slurm.refusal(method, path.split("/", 3)[3], FROZEN)
             content = json.dumps(body).encode()
         return status, content
 

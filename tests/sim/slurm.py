@@ -31,6 +31,7 @@ ORPHAN_STEP_LIVES = timedelta(seconds=6)  # from the crash until slurmd register
 REQUEUE_WAIT = timedelta(seconds=120)
 OVER = frozenset({"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"})
 NODES = {f"n{number}": f"10.0.0.{number}" for number in (1, 2, 3)}
+_PARTITION, _ITS_NODES = "gpu", "n[1-3]"
 _SLOTS = 3  # jobs a node takes
 _SCRIPT = re.compile(r"# port=(\d+) model=(\S+)")
 
@@ -47,6 +48,7 @@ class Job:
     secret: str = field(default="", repr=False)
     model: str = ""
     may_requeue: bool = False
+    excluded: frozenset[str] = frozenset()  # nodes
     is_held: bool = False
     state: str = "PENDING"
     state_reason: str = "None"
@@ -91,6 +93,16 @@ class Engine:
     tokens: int = 0
 
 
+@dataclass(frozen=True)
+class Reservation:
+    """For maintenance: no job whose time limit reaches into it starts on these nodes."""
+
+    name: str
+    starts_at: datetime
+    ends_at: datetime
+    nodes: frozenset[str]
+
+
 @dataclass
 class _Disk:
     """slurmctld's last save."""
@@ -116,6 +128,7 @@ class Slurm:
         self.now = now
         self.jobs: dict[int, Job] = {}
         self.engines: list[Engine] = []
+        self.reservations: list[Reservation] = []
         self.is_gone = False  # slurmrestd is
         self.is_down = False
         self.is_frozen = False
@@ -168,7 +181,7 @@ class Slurm:
             return self.dialect.ping(trouble)
         if trouble is FROZEN and method != "GET":
             self._limbo.append(_Limbo(None, token, method, what, body))
-        return self._refusal(method, what, trouble) if trouble is not None else self._act(method, what, body)
+        return self.refusal(method, what, trouble) if trouble is not None else self._act(method, what, body)
 
     def _trouble(self, token: str) -> Trouble | None:
         if self.is_down:
@@ -181,9 +194,11 @@ class Slurm:
         expiry = expires_at(token)
         return expiry is not None and expiry <= self.now
 
-    def _refusal(self, method: str, what: str, trouble: Trouble) -> Reply:
-        if what.startswith("node/"):
-            return self.dialect.node_trouble()
+    def refusal(self, method: str, what: str, trouble: Trouble) -> Reply:
+        """What is answered instead."""
+        noun = what.partition("/")[0]
+        if noun not in ("job", "jobs"):
+            return self.dialect.no_list("nodes" if noun == "node" else noun, trouble)
         if method == "GET":
             return self.dialect.no_jobs(trouble, is_list=what == "jobs")
         if what == "job/submit":
@@ -196,8 +211,15 @@ class Slurm:
         if what == "job/submit":
             return self._submit(body)
         noun, _, key = what.partition("/")
-        if noun == "node":
-            return self.dialect.node(key, NODES[key])
+        match noun:
+            case "node":
+                return self.dialect.nodes({key: NODES[key]}, _PARTITION)
+            case "nodes":
+                return self.dialect.nodes(NODES, _PARTITION)
+            case "partitions":
+                return self.dialect.partitions(_PARTITION, _ITS_NODES)
+            case "reservations":
+                return self.dialect.reservations([one for one in self.reservations if one.ends_at > self.now])
         job = self.jobs.get(int(key))
         if method == "GET":
             return self.dialect.unknown_job() if job is None else self.dialect.jobs([job])
@@ -209,9 +231,21 @@ class Slurm:
         if cancels:
             if not job.is_completing or job.state == "PENDING":
                 self.end(job, "CANCELLED", "None", signal=15)
-        else:
-            assert body == {"hold": False}
+        elif body == {"hold": False}:
             self._release(job)
+        else:
+            return self._exclude(job, body)
+        return self.dialect.done()
+
+    def _exclude(self, job: Job, body: Any) -> Reply:
+        assert body.keys() == {self.dialect.excluded_nodes}
+        if job.state != "PENDING":
+            return self.dialect.not_pending()
+        names = self.dialect.asked_to_exclude(body[self.dialect.excluded_nodes])
+        assert names is None or names <= NODES.keys()
+        if names is not None:
+            job.excluded = frozenset(names)
+            self.on_change(f"job {job.job_id} {job.name} is kept off {', '.join(sorted(names)) or 'no node'}")
         return self.dialect.done()
 
     def _submit(self, body: Any) -> Reply:
@@ -222,8 +256,12 @@ class Slurm:
         limit = asked["time_limit"]
         found = _SCRIPT.search(body["script"])
         assert found is not None
+        assert asked.keys() & {"exclude_nodes", "excluded_nodes"} <= {self.dialect.excluded_nodes}
+        excluded = self.dialect.asked_to_exclude(asked.get(self.dialect.excluded_nodes, "")) or set()
+        if not excluded <= NODES.keys():
+            return self.dialect.unknown_nodes()
         job = self.add(asked["name"], US, asked.get("comment", ""), is_held=asked.get("hold", False))
-        job.port, job.model = int(found[1]), found[2]
+        job.port, job.model, job.excluded = int(found[1]), found[2], frozenset(excluded)
         job.secret = environment["VLLM_API_KEY"]
         job.limit = timedelta(minutes=limit["number"] if isinstance(limit, dict) else limit)
         job.may_requeue = not self.dialect.can_forbid_requeue or asked.get("requeue") is True
@@ -298,7 +336,7 @@ class Slurm:
             self.end(job, "CANCELLED", "None")  # slurmd: already running, do not launch a second copy
             return
         running = [one.node for one in self.jobs.values() if one.state == "RUNNING"]
-        free = [node for node in NODES if running.count(node) < _SLOTS]
+        free = [node for node in NODES if running.count(node) < _SLOTS and self._may_have(job, node)]
         if not free:
             job.state_reason = "Resources"
             return
@@ -315,6 +353,13 @@ class Slurm:
         engine.serves_from = self.now + timedelta(seconds=self.load_seconds)
         self.engines.append(engine)
         self.on_start(engine)
+
+    def _may_have(self, job: Job, node: str) -> bool:
+        is_reserved = any(
+            node in one.nodes and one.starts_at < self.now + job.limit and self.now < one.ends_at
+            for one in self.reservations
+        )
+        return node not in job.excluded and not is_reserved
 
     # --- what may happen to it -----------------------------------------------------------------------------
 

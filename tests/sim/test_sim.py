@@ -16,7 +16,7 @@ from tests.sim.dialects import DOWN, FORBIDDEN, FROZEN, Dialect, New, Old
 from tests.sim.lives import live, play, tell
 from tests.sim.mutations import MUTATIONS
 from tests.sim.regressions import SCENARIOS
-from tests.sim.slurm import Slurm
+from tests.sim.slurm import Reservation, Slurm
 from tests.sim.workers import SEEDS_TO_FIND
 from tests.sim.world import BEGIN, World
 
@@ -100,8 +100,13 @@ def test_the_fake_answers_as_a_real_one_did(recorded: tuple[Dialect, dict[str, A
         "down_cancel": dialect.not_done(DOWN, cancels=True),
         "frozen_ctld_cancel": dialect.not_done(FROZEN, cancels=True),
         "error_cancel_unknown_job": dialect.no_such_job(cancels=True),
-        "node_one": dialect.node("n1", "127.0.0.1"),
+        "node_one": dialect.nodes({"n1": "127.0.0.1"}, "gpu"),
+        "nodes_draining": dialect.nodes({"n1": "127.0.0.1", "n2": "127.0.0.1"}, "gpu"),
+        "reservations": dialect.reservations([Reservation("r", BEGIN, BEGIN + timedelta(hours=1), frozenset({"n1"}))]),
+        "partitions": dialect.partitions("gpu", "n[1-4]"),
+        "down_reservations": dialect.no_list("reservations", DOWN),
     }
+    pairs = {name: answer for name, answer in pairs.items() if name in real}
     fake = {name: (status, told(body)) for name, (status, body) in pairs.items()}
     assert fake == {name: (real[name]["status"], told(real[name]["body"])) for name in pairs}
 

@@ -304,6 +304,7 @@ class World:
         if pulls or (pulls is None and self.rng.random() < 0.3):
             works.append((process, self._round(process, "alerts", plane.alerts.run_once)))
             works.append((process, self._round(process, "pauses", plane.pauses.run_once)))
+            works.append((process, self._round(process, "staleness", plane.staleness.run_once)))
         return works
 
     def probes(self, process: Process) -> tuple[Process, Coroutine[Any, Any, None]]:
@@ -403,6 +404,7 @@ def _submitted_name(request: httpx.Request) -> str | None:
 async def _empty(db: Database) -> None:
     async with db.connection() as connection:
         await connection.execute(
-            "TRUNCATE replica_sets, replicas, replica_history, slurm_jobs, endpoints, alerts, alert_deliveries, "
-            "webhook_signatures, decisions, leases RESTART IDENTITY CASCADE"
+            "TRUNCATE replica_sets, replicas, replica_history, slurm_jobs, slurm_job_history, endpoints, "
+            "endpoint_history, alerts, alert_deliveries, webhook_signatures, decisions, freezes, leases, audit, nodes, "
+            "node_history, back_offs, job_logs RESTART IDENTITY CASCADE"
         )
