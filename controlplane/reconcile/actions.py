@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -128,9 +128,12 @@ class Actor:
                 case Report():
                     pass  # said by the round
         if may_call:
-            # before a job is released it is told where it must not start
-            await asyncio.gather(*(self._call(call, done) for call in calls if isinstance(call, Exclude)))
-            await asyncio.gather(*(self._call(call, done) for call in calls if not isinstance(call, Exclude)))
+            # before a job is released it is told where it must not start; as long as it could not be told, it waits
+            exclusions = [call for call in calls if isinstance(call, Exclude)]
+            were_told = await asyncio.gather(*(self._call(call, done) for call in exclusions))
+            untold = {call.replica.name for call, was_told in zip(exclusions, were_told, strict=True) if not was_told}
+            others = [call for call in calls if not isinstance(call, Exclude) and not _releases(call, untold)]
+            await asyncio.gather(*(self._call(call, done) for call in others))
 
     async def move(self, step: Move, done: Done, now: datetime) -> Replica | None:
         """Take the step, or drop it: somebody else has moved on, or a live row has a job id that was given again."""
@@ -177,7 +180,8 @@ class Actor:
         logger.warning("no free port was found", replica_set=replica_set.name, tries=_PORT_TRIES)
         return None
 
-    async def _call(self, call: Call, done: Done) -> None:
+    async def _call(self, call: Call, done: Done) -> bool:
+        """Whether it was done; what failed is said, and tried again by a later round."""
         queued: Replica | None = None
         async with self._calls:
             try:
@@ -191,11 +195,13 @@ class Actor:
                     case CancelJob():
                         await self._slurm.cancel(call.job_id, name=call.job_name)
             except Stale:
-                pass  # somebody else has moved on
+                return False  # somebody else has moved on
             except (SlurmError, DatabaseError) as error:
                 logger.warning(f"{_words(call)} failed; trying again", why=f"{type(error).__name__}: {error}")
+                return False
         if queued is not None:
             await self._call(Release(queued), done)
+        return True
 
     async def _submit(self, replica: Replica, limit: TimeLimit | None, done: Done) -> Replica | None:
         """Submit held. Returns the replica once its job id is recorded: then the job may be released."""
@@ -254,6 +260,10 @@ class Actor:
             resources=replace(spec.slurm, time_limit_seconds=limit.seconds) if limit else spec.slurm,
             excluded_nodes=self._kept_out.get(replica.replica_set, frozenset()),
         )
+
+
+def _releases(call: Call, names: Container[str]) -> bool:
+    return isinstance(call, Release) and call.replica.name in names
 
 
 def _words(call: Call) -> str:

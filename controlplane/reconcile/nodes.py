@@ -33,6 +33,7 @@ from controlplane.core.types import (
     JobState,
     Phase,
     Reason,
+    Release,
     Replica,
     ReplicaSet,
     Report,
@@ -94,17 +95,16 @@ class Nodes:
         return found
 
     def allowed(self, actions: Iterable[Action], sets: Mapping[str, ReplicaSet]) -> list[Action]:
-        """The actions, without submits that could land on a node to be left alone, or nowhere at all."""
-        withheld = {
-            name
-            for name, one in sets.items()
-            if (out := self.kept_out(one)) is None or (out.leaves_none and self.marks)
-        }
+        """The actions, without submits and releases that could land on a node to be left alone, or nowhere at all."""
+        out = {name: self.kept_out(one) for name, one in sets.items()}
+        unknown = {name for name, one in out.items() if one is None}
+        withheld = unknown | {name for name, one in out.items() if one is not None and one.leaves_none and self.marks}
         return [
             action
             for action in actions
             if not (isinstance(action, Create) and action.replica_set in withheld)
             and not (isinstance(action, Submit) and action.replica.replica_set in withheld)
+            and not (isinstance(action, Release) and action.replica.replica_set in unknown)
         ]
 
     def exclusions(

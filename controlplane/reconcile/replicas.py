@@ -150,7 +150,7 @@ class ReplicaLoop:
                 actions += plan(scene, now=now, rules=self._options.rules)
                 pauses[replica_set.name] = back_off(scene, self._options.rules)
         await back_offs.record(self._db, pauses, now=now)
-        actions = seen.allowed(actions, world.sets) + _job_steps(world.replicas, jobs)
+        actions = seen.allowed(actions + _job_steps(world.replicas, jobs), world.sets)
         actions += seen.exclusions(world.sets, world.replicas, jobs) + seen.reports(world.sets.values())
         self._report(actions)
         kept_out = {name: out.nodes for name, one in world.sets.items() if (out := seen.kept_out(one)) is not None}

@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from tests.sim.grafana import Rule
-from tests.sim.slurm import ANOTHER_INSTALLATION, US, Job
+from tests.sim.slurm import ANOTHER_INSTALLATION, NODES, US, Job, Reservation
 from tests.sim.steps import Parked
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class Happenings:
             self._token_is_renewed: 2,
             self._nodes_vanish: 0.5,
             self._engines_crash: 0.5,
+            self._maintenance_is_planned: 0.5,
         }
         [kind] = rng.choices(list(kinds), list(kinds.values()))
         kind()
@@ -121,6 +122,20 @@ class Happenings:
 
     def _nodes_vanish(self) -> None:
         self._world.site.blind_to_nodes = not self._world.site.blind_to_nodes and self._world.rng.random() < 0.5
+
+    def _maintenance_is_planned(self) -> None:
+        """Of all nodes, or of some; or it is called off."""
+        rng, slurm = self._world.rng, self._world.slurm
+        if slurm.reservations and rng.random() < 0.5:
+            slurm.reservations.clear()
+            self._world.say("slurm: no maintenance after all")
+            return
+        begins = self._world.now + timedelta(seconds=rng.choice((60, 240, 600, 1800)))
+        nodes = frozenset(NODES) if rng.random() < 0.7 else frozenset(rng.sample(sorted(NODES), 2))
+        slurm.reservations.append(
+            Reservation(f"m{len(slurm.reservations)}", begins, begins + timedelta(seconds=rng.choice((60, 300))), nodes)
+        )
+        self._world.say(f"slurm: maintenance of {', '.join(sorted(nodes))} from {begins:%H:%M:%S}")
 
     def _engines_crash(self) -> None:
         """At their start, all of them; until that is put right."""

@@ -12,7 +12,8 @@ The numbers are those of the invariants:
 6. No request in flight is cut by a scale-down, a roll or a replacement before the drain's deadline.
 7. ENDED is final; a constant count is reached in a bounded number of rounds.
 
-And nothing is ever cancelled, or released, that is not ours.
+And nothing is ever cancelled, or released, that is not ours; no job is submitted or released that could start on a node
+which was drained when the round began, or reach into maintenance that its submitter knew of.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from psycopg.rows import dict_row
 
 from tests.sim.grafana import Grafana
 from tests.sim.product import OPERATOR, ORPHAN_GRACE, STALE_AFTER
-from tests.sim.slurm import US, Engine, Job, Slurm
+from tests.sim.slurm import NODES, US, Engine, Job, Slurm
 from tests.sim.steps import Fate, Process
 
 Row = dict[str, Any]
@@ -82,6 +83,7 @@ class Watch:
         self._steps_seen: set[tuple[int, int]] = set()
         self._ended: dict[str, Row] = {}
         self._last_decision = 0
+        self._drained_since: dict[str, datetime] = {}  # nodes, and when a mark that is certainly in force was seen
         self.sees_stale_list: Callable[[], bool] = lambda: False
         self.told: Callable[[str], None] = lambda words: None
 
@@ -97,7 +99,7 @@ class Watch:
 
     # --- as it is asked for --------------------------------------------------------------------------------
 
-    def on_request(self, process: Process, method: str, path: str, name: str | None) -> None:
+    def on_request(self, process: Process, method: str, path: str, name: str | None, content: bytes) -> None:
         """A request has reached slurmrestd, and nothing was done about it yet."""
         if method == "GET":
             return
@@ -106,6 +108,7 @@ class Watch:
         if path.endswith("/submit"):
             assert name is not None
             self._on_submit(name)
+            self._check_place(process, *self._slurm.asked_for(content), name)
             return
         job = self._slurm.jobs.get(int(path.rsplit("/", 1)[1]))
         if job is None or job.is_over:
@@ -114,6 +117,34 @@ class Watch:
             raise Broken(f"{method} of job {job.job_id}, which is {job.name} of {job.user} and not ours")
         if method == "DELETE":
             self._on_cancel(job)
+        elif b"hold" in content and job.state == "PENDING":
+            self._check_place(process, job.excluded, None, job.name)
+
+    def _check_place(self, process: Process, excluded: frozenset[str], limit: timedelta | None, name: str) -> None:
+        """Of a job that is submitted with this limit, or released."""
+        began = process.round_began
+        assert began is not None
+        drained = {node for node, since in self._drained_since.items() if since <= began}
+        if not drained <= excluded:
+            raise Broken(f"{name} may start on {', '.join(sorted(drained - excluded))}, which was drained before")
+        if limit is None:
+            return
+        if excluded >= NODES.keys():
+            raise Broken(f"{name} was submitted, and may start nowhere")
+        known = [one for one in process.calendar if one.ends_at > began]
+        firsts = [min((one.starts_at for one in known if node in one.nodes), default=None) for node in NODES]
+        closes_at = max((at for at in firsts if at is not None), default=began)
+        if None not in firsts and began + limit > closes_at:
+            raise Broken(f"{name} asks for {limit}, which reaches into maintenance that begins at {closes_at:%H:%M:%S}")
+
+    def note_marks(self) -> None:
+        """Those are certainly in force that operators made, and an alert's if it is the only one."""
+        marks = self.rows("SELECT node, cause FROM nodes WHERE cleared_at IS NULL")
+        is_alone = len({mark["node"] for mark in marks}) == 1
+        drained = {
+            mark["node"] for mark in marks if mark["cause"] == "operator" or (mark["cause"] == "alert" and is_alone)
+        }
+        self._drained_since = {node: self._drained_since.get(node, self._clock()) for node in drained}
 
     def on_submit_composed(self, name: str) -> None:
         self._last_submit_failed[name] = False
@@ -320,11 +351,17 @@ class Watch:
                 return f"{one['name']} desires {one['desired_replicas']}, and what fires asks for {wanted}"
             own = [row for row in live if row["replica_set"] == one["name"]]
             target = 0 if one["is_paused"] else one["desired_replicas"]
-            if len(own) != target:
+            has_room = target < one["max_replicas"] + one["spec"]["surge"]
+            first_leave = 0 if has_room else sum(row["reason"] == "HANDED_OVER" and not _exists(row) for row in living)
+            if len(own) != target and len(own) + first_leave != target:
                 return f"{one['name']} wants {target} and has {[(row['name'], row['phase']) for row in own]}"
             for row in own:
                 if (row["phase"], row["health"], row["spec_hash"]) != ("RUNNING", "READY", one["spec_hash"]):
                     return f"{row['name']} is {row['phase']}, its endpoint {row['health']}"
+        self.note_marks()
+        vacant = {job.name for job in jobs if job.node in self._drained_since}
+        if vacant & {row["name"] for row in live}:
+            return f"{', '.join(sorted(vacant))} stay on a node that is drained"
         if names != Counter(row["name"] for row in live):
             return f"jobs {sorted(names.elements())} and intents {sorted(row['name'] for row in live)}"
         known = {(row["slurm_job_id"], row["name"]) for row in live}

@@ -20,7 +20,7 @@ from starlette.applications import Starlette
 
 from controlplane import web
 from controlplane.core.planning import PlanRules
-from controlplane.core.types import ReplicaSetSpec, ScaleDown, ScaleUp, SlurmResources, VllmOptions
+from controlplane.core.types import HandOver, ReplicaSetSpec, ScaleDown, ScaleUp, SlurmResources, VllmOptions
 from controlplane.db import Database
 from controlplane.metrics import ControlPlaneMetrics
 from controlplane.reconcile.actions import ActionOptions, Actor
@@ -75,15 +75,20 @@ def a_spec(name: str, model: str, *, image: str = "one", **changes: Any) -> Repl
         "model": model,
         "template": "simulated",
         "max_replicas": 3,
-        "slurm": SlurmResources(time_limit_seconds=3600, gpus_per_node=1),
+        "slurm": resources(3600),
         "vllm": VllmOptions(image=image),
         "scale_up": ScaleUp(cooldown_seconds=15),
         "scale_down": ScaleDown(cooldown_seconds=15, stabilization_window_seconds=30),
+        "hand_over": HandOver(margin_seconds=40, default_lead_seconds=60),
         "start_timeout_seconds": 90,
         "drain_timeout_seconds": 60,
         "unhealthy_timeout_seconds": 30,
     }
     return ReplicaSetSpec(**{**whole, **changes})
+
+
+def resources(time_limit_seconds: int) -> SlurmResources:
+    return SlurmResources(time_limit_seconds=time_limit_seconds, gpus_per_node=1, min_time_limit_seconds=120)
 
 
 def control_plane(

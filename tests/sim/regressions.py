@@ -62,11 +62,35 @@ async def a_node_that_could_not_be_read_is_asked_for_again(world: World) -> None
         raise Broken(why)
 
 
+async def _held_while_a_node_is_drained(world: World) -> Process:
+    """A job is there whose release got lost; then an operator drains a node, of which it has not been told."""
+    world.script = [("POST job/1", Fate.TIMEOUT_BEFORE)]
+    plane = await world.grown(1, ticks=1)
+    await world.run((world.web, world.order("nodes/n1/drain", {})))
+    return plane
+
+
+async def a_job_that_could_not_be_told_of_a_drained_node_is_not_released(world: World) -> None:
+    """The update that excludes the node failed, and the release that followed it did not."""
+    plane = await _held_while_a_node_is_drained(world)
+    world.script = [("POST job/1", Fate.TIMEOUT_BEFORE)]
+    await tick(world, plane)
+
+
+async def a_job_is_not_released_while_nodes_are_not_known(world: World) -> None:
+    """Nothing was submitted then, and what had been was released all the same."""
+    plane = await _held_while_a_node_is_drained(world)
+    world.script = [("GET nodes", Fate.TIMEOUT_BEFORE)]
+    await tick(world, plane)
+
+
 SCENARIOS: Mapping[str, Callable[[World], Awaitable[None]]] = {
     one.__name__: one
     for one in (
         a_list_that_comes_late_does_not_shorten_a_drain,
         a_drain_written_late_is_not_shortened,
         a_node_that_could_not_be_read_is_asked_for_again,
+        a_job_that_could_not_be_told_of_a_drained_node_is_not_released,
+        a_job_is_not_released_while_nodes_are_not_known,
     )
 }

@@ -219,7 +219,7 @@ class Slurm:
             case "partitions":
                 return self.dialect.partitions(_PARTITION, _ITS_NODES)
             case "reservations":
-                return self.dialect.reservations([one for one in self.reservations if one.ends_at > self.now])
+                return self.dialect.reservations(self.reservations)
         job = self.jobs.get(int(key))
         if method == "GET":
             return self.dialect.unknown_job() if job is None else self.dialect.jobs([job])
@@ -253,19 +253,27 @@ class Slurm:
         environment = asked["environment"]
         if isinstance(environment, list):
             environment = dict(pair.split("=", 1) for pair in environment)
-        limit = asked["time_limit"]
         found = _SCRIPT.search(body["script"])
         assert found is not None
-        assert asked.keys() & {"exclude_nodes", "excluded_nodes"} <= {self.dialect.excluded_nodes}
-        excluded = self.dialect.asked_to_exclude(asked.get(self.dialect.excluded_nodes, "")) or set()
+        excluded, limit = self._asked_for(asked)
         if not excluded <= NODES.keys():
             return self.dialect.unknown_nodes()
         job = self.add(asked["name"], US, asked.get("comment", ""), is_held=asked.get("hold", False))
-        job.port, job.model, job.excluded = int(found[1]), found[2], frozenset(excluded)
+        job.port, job.model, job.excluded = int(found[1]), found[2], excluded
         job.secret = environment["VLLM_API_KEY"]
-        job.limit = timedelta(minutes=limit["number"] if isinstance(limit, dict) else limit)
+        job.limit = limit
         job.may_requeue = not self.dialect.can_forbid_requeue or asked.get("requeue") is True
         return self.dialect.submitted(job.job_id, is_held=job.is_held)
+
+    def asked_for(self, content: bytes) -> tuple[frozenset[str], timedelta]:
+        """The excluded nodes and the time limit in the body of a submit."""
+        return self._asked_for(json.loads(content)["job"])
+
+    def _asked_for(self, asked: Mapping[str, Any]) -> tuple[frozenset[str], timedelta]:
+        limit = asked["time_limit"]
+        assert asked.keys() & {"exclude_nodes", "excluded_nodes"} <= {self.dialect.excluded_nodes}
+        excluded = self.dialect.asked_to_exclude(asked.get(self.dialect.excluded_nodes, "")) or set()
+        return frozenset(excluded), timedelta(minutes=limit["number"] if isinstance(limit, dict) else limit)
 
     def add(self, name: str, user: str, comment: str = "", *, is_held: bool = False) -> Job:
         """A new job, of whoever."""
@@ -301,6 +309,7 @@ class Slurm:
             self._arrive(now)
             if now - self._saved_at >= SAVE_EVERY:
                 self.save()
+        self.reservations = [one for one in self.reservations if one.ends_at > now]
         for engine in [one for one in self.engines if one.dies_at is not None and one.dies_at <= now]:
             self.engines.remove(engine)
         if not self.is_frozen and not self.is_down:

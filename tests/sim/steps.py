@@ -16,6 +16,8 @@ from datetime import datetime
 from enum import StrEnum, auto
 from typing import Any
 
+from tests.sim.slurm import Reservation
+
 _HOPS = 8  # turns of the event loop in which a process comes from one step to the next; more are taken if need be
 _MOST_HOPS = 5_000
 
@@ -63,6 +65,9 @@ class Process:
     tasks: list[asyncio.Task[Any]] = field(default_factory=list)
     has_seen_jobs: bool = False  # in its present round: a complete list came
     saw_stale_jobs: bool = False
+    round_began: datetime | None = None
+    told_reservations: tuple[Reservation, ...] = ()
+    calendar: tuple[Reservation, ...] = ()  # of these it knows on which nodes they matter, too
 
     def begin(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(work)

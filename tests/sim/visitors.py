@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Coroutine
 from dataclasses import replace
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -13,6 +14,7 @@ from controlplane.db import DatabaseError, replica_sets
 from tests.sim import product
 from tests.sim.doors import Door
 from tests.sim.invariants import Broken
+from tests.sim.slurm import NODES
 from tests.sim.steps import Process
 
 if TYPE_CHECKING:
@@ -57,7 +59,7 @@ class Visitors:
             row["name"]
             for row in self._world.watch.rows("SELECT name FROM replicas WHERE phase <> 'ENDED' ORDER BY id")
         ]
-        match rng.randrange(8):
+        match rng.randrange(11):
             case 0 | 1:
                 await self.order("replica-sets/a/scale", {"replicas": rng.randint(0, 3)})
             case 2 if self._world.weather.slurm:
@@ -69,6 +71,11 @@ class Visitors:
                 await self.order(f"replica-sets/a/{rng.choice(('pause', 'resume', 'resume'))}", {})
             case 4:
                 await self._apply()
+            case 5 | 6:
+                node = rng.choice(sorted(NODES))
+                await self.order(f"nodes/{node}/{rng.choice(('drain', 'drain', 'undrain'))}", {})
+            case 7:
+                await self._hold()
             case _ if live:
                 await self.order(f"replicas/{rng.choice(live)}/{rng.choice(('drain', 'undrain', 'cancel', 'cancel'))}")
             case _:
@@ -81,6 +88,18 @@ class Visitors:
         self._world.say(f"operator: {path} {body or ''} -> {answer.status_code}")
         if answer.status_code not in (200, 400, 409, 503):
             raise Broken(f"an operator was answered {answer.status_code}: {answer.text}")
+
+    async def _hold(self) -> None:
+        """No automatic scaling, or one count, for a time or for ever; or not any more."""
+        rng = self._world.rng
+        until = {"until": (self._world.now + timedelta(seconds=rng.choice((20, 100, 300)))).isoformat()}
+        match rng.randrange(6):
+            case 0 | 1:
+                await self.order(f"{rng.choice(('', 'replica-sets/a/'))}freeze", rng.choice((until, {})))
+            case 2 | 3:
+                await self.order(f"{rng.choice(('', 'replica-sets/a/'))}unfreeze", {})
+            case _:
+                await self.order("replica-sets/a/scale", {"replicas": rng.randint(0, 3), **until})
 
     async def _apply(self) -> None:
         """A changed spec rolls the replicas."""

@@ -14,7 +14,6 @@ from typing import Any
 
 import httpx
 
-from controlplane.core.types import SlurmResources
 from controlplane.db import Database, DatabaseError, replica_sets, slurm_jobs
 from controlplane.reconcile.alerts import UnreadableAlerts
 from tests.sim import product
@@ -31,7 +30,8 @@ from tests.sim.weather import CALM, MOMENTS, Weather
 
 BEGIN = datetime(2026, 1, 1, 12, 0, tzinfo=UTC)
 QUIET_ROUNDS = 120
-_TEMPI = ((0.3, 0.3, 1, 1, 2, 130), (1, 2, 5, 5, 15, 60), (2, 5, 15, 40, 150))  # seconds from one event to the next
+# seconds from one event to the next; the last one is that of walltimes, and of those who follow them closely
+_TEMPI = ((0.3, 0.3, 1, 1, 2, 130), (1, 2, 5, 5, 15, 60), (2, 5, 15, 40, 150), (5, 10, 15, 20))
 _MODEL = "m"
 _NAME = re.compile(rb'"name":\s?"(cp-[a-z0-9-]+)"')
 _PROXY_LAG = timedelta(seconds=10)  # a proxy that no announcement reaches reads its directory at least that often
@@ -78,6 +78,7 @@ class World:
             rule("scale_up", model=_MODEL),
             rule("scale_down", model=_MODEL),
             rule("scale_up", replica_set="a"),
+            rule("drain_node", node="n1"),
             blind,
         ]
 
@@ -129,7 +130,7 @@ class World:
             "min_replicas": rng.choice((0, 0, 1)),
             "max_replicas": rng.choice((1, 2, 2, 3)),
             "surge": rng.choice((0, 1, 1)),
-            "slurm": SlurmResources(time_limit_seconds=rng.choice((240, 3600)), gpus_per_node=1),
+            "slurm": product.resources(rng.choice((240, 3600))),
         }
         specs = [product.a_spec("a", _MODEL, **shared)]
         if rng.random() < 0.2:
@@ -223,6 +224,8 @@ class World:
             self.watch.check_replicas()
         elif parked.label.startswith("replica_sets.") and ".load" not in parked.label:
             self.watch.check_decisions()
+        elif parked.label.startswith("nodes."):
+            self.watch.note_marks()
 
     def _falls_asleep(self, parked: Parked) -> bool:
         process = parked.process
@@ -254,7 +257,7 @@ class World:
         return self.weather.fate(parked, self.rng)
 
     def _on_request(self, process: Process, request: httpx.Request, composed_at: datetime) -> None:
-        self.watch.on_request(process, request.method, request.url.path, _submitted_name(request))
+        self.watch.on_request(process, request.method, request.url.path, _submitted_name(request), request.content)
 
     def _on_composed(self, process: Process, request: httpx.Request) -> None:
         if (name := _submitted_name(request)) is not None:
@@ -268,6 +271,12 @@ class World:
         elif request.url.path.endswith("/jobs") and status == 200:
             process.has_seen_jobs = fate in (Fate.DONE, Fate.SLOW, Fate.STALE)
             process.saw_stale_jobs = fate is Fate.STALE
+        elif status == 200 and fate in (Fate.DONE, Fate.SLOW):
+            if request.url.path.endswith("/reservations"):
+                process.told_reservations = tuple(self.slurm.reservations)
+                process.calendar = process.calendar if process.told_reservations else ()
+            elif request.url.path.endswith("/partitions"):
+                process.calendar = process.told_reservations
 
     # --- what may happen -----------------------------------------------------------------------------------
 
@@ -318,6 +327,7 @@ class World:
     ) -> None:
         if name == "replicas":
             process.has_seen_jobs = process.saw_stale_jobs = False
+            process.round_began = self.now
         try:
             sentence = await run_once(self.now)
         except Killed:
@@ -372,6 +382,9 @@ class World:
         self.slurm.recover()
         self.site.blind_to_nodes = self.slurm.engines_crash = False
         self.token.good_until = None
+        self.slurm.reservations.clear()
+        for node in NODES:
+            await self.run((self.web, self.order(f"nodes/{node}/undrain", {})))
         for engine in self.slurm.engines:
             engine.is_frozen, engine.in_flight = False, 0
         for job in self.slurm.jobs.values():
