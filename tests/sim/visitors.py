@@ -35,7 +35,7 @@ class Visitors:
         visits = []
         if self._world.grafana.outbox and rng.random() < 0.6:
             visits.append((self._world.web, self._deliver()))
-        if rng.random() < (0.6 if self._world.is_hasty else 0.3):
+        if rng.random() < (0.6 if self._world.is_hasty else 0.1 if self._world.is_steady else 0.3):
             visits.append((self._world.web, self._operate()))
         return visits
 

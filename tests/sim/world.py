@@ -30,7 +30,7 @@ from tests.sim.weather import CALM, MOMENTS, Weather
 
 BEGIN = datetime(2026, 1, 1, 12, 0, tzinfo=UTC)
 QUIET_ROUNDS = 120
-# seconds from one event to the next; the last one is that of walltimes, and of those who follow them closely
+# seconds from one event to the next
 _TEMPI = ((0.3, 0.3, 1, 1, 2, 130), (1, 2, 5, 5, 15, 60), (2, 5, 15, 40, 150), (5, 10, 15, 20))
 _MODEL = "m"
 _NAME = re.compile(rb'"name":\s?"(cp-[a-z0-9-]+)"')
@@ -92,7 +92,7 @@ class World:
             if self.rng.random() < 0.7:
                 await self._come_up()
             self.weather = Weather.drawn(self.rng)
-            for _ in range(self.rng.randint(16, 26)):
+            for _ in range(self.rng.randint(16, 26) + (8 if self.is_steady else 0)):
                 await self.event()
             await self.settle()
         finally:
@@ -130,7 +130,7 @@ class World:
             "min_replicas": rng.choice((0, 0, 1)),
             "max_replicas": rng.choice((1, 2, 2, 3)),
             "surge": rng.choice((0, 1, 1)),
-            "slurm": product.resources(rng.choice((240, 3600))),
+            "slurm": product.resources(240 if self.is_steady else rng.choice((240, 3600))),
         }
         specs = [product.a_spec("a", _MODEL, **shared)]
         if rng.random() < 0.2:
@@ -179,6 +179,11 @@ class World:
     def is_hasty(self) -> bool:
         """Little time passes from one event to the next."""
         return self._tempo is _TEMPI[0]
+
+    @property
+    def is_steady(self) -> bool:
+        """Rounds follow each other closely, few disturb, and walltimes end."""
+        return self._tempo is _TEMPI[-1]
 
     # --- time and steps ------------------------------------------------------------------------------------
 
@@ -292,7 +297,7 @@ class World:
                 self.wake(process)
         if all(one.is_asleep for one in self.planes):
             self.new_plane()
-        for _ in range(rng.choice((0, 0, 1, 1, 2))):
+        for _ in range(rng.choice((0, 0, 0, 0, 1) if self.is_steady else (0, 0, 1, 1, 2))):
             self._happenings.something()
         if rng.random() < 0.12:
             rng.choice(list(self.planes)).dies_at = rng.choice(MOMENTS)
