@@ -18,6 +18,7 @@ class Rule:
     starts_at: datetime | None = None
     ends_at: datetime | None = None
     state_reason: str | None = None  # as Grafana annotates what is no alert of the threshold
+    said_until: datetime | None = None  # when a notification last arrived that it fires, however late
 
     @property
     def action(self) -> str:
@@ -71,6 +72,13 @@ class Grafana:
                 }
             ).encode()
         )
+
+    def arrives(self, body: bytes, now: datetime) -> None:
+        """A notification is delivered."""
+        said = {one["fingerprint"] for one in json.loads(body)["alerts"] if one["status"] == "firing"}
+        for rule in self.rules:
+            if rule.fingerprint in said:
+                rule.said_until = now
 
     def active(self) -> list[dict[str, Any]]:
         return [

@@ -323,10 +323,9 @@ class Watch:
             assert rule is not None
             if rule.action != ("scale_up" if grows else "scale_down") or rule.state_reason is not None:
                 raise Broken(f"4: {decision['replica_set']} {decision['reason']} because of {rule.labels}")
-            ended_long_ago = rule.ends_at is not None and self._clock() - rule.ends_at > STALE_AFTER + timedelta(
-                minutes=2
-            )
-            if rule.starts_at is None or (not rule.is_firing and ended_long_ago):
+            fired_until = max(filter(None, (rule.ends_at, rule.said_until)), default=None)
+            is_long_ago = fired_until is not None and self._clock() - fired_until > STALE_AFTER + timedelta(minutes=2)
+            if rule.starts_at is None or (not rule.is_firing and is_long_ago):
                 raise Broken(f"4: {decision['replica_set']} {decision['reason']} because of what fires no more")
 
     # --- when it is quiet ----------------------------------------------------------------------------------

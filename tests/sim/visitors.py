@@ -45,6 +45,7 @@ class Visitors:
         body = outbox.pop(rng.randrange(len(outbox)) if rng.random() < 0.3 else 0)
         times = rng.choice((0, 1, 1, 1, 2))
         for _ in range(times):
+            self._world.grafana.arrives(body, self._world.now)
             headers = {"Authorization": f"Bearer {product.WEBHOOK_TOKEN}"}
             answer = await self._http.post("/webhooks/grafana", content=body, headers=headers)
             self._world.say(f"webhook: {answer.status_code} {answer.text[:80]}")
