@@ -11,6 +11,7 @@ from loguru import logger
 
 from controlplane.db import Database, DatabaseOptions
 from controlplane.db.pool import Connection
+from tests.sim.invariants import Broken
 from tests.sim.mutations import mutated
 from tests.sim.steps import Killed
 from tests.sim.world import World
@@ -23,6 +24,11 @@ class Failure:
     seed: int
     error: str
     trace: tuple[str, ...]
+
+    @property
+    def is_of_an_invariant(self) -> bool:
+        """And not of a mistake that was planted where it does not fit any more."""
+        return self.error.startswith(f"{Broken.__name__}: ")
 
 
 class _PatientLoop(asyncio.SelectorEventLoop):

@@ -35,11 +35,11 @@ def resend_on_ambiguity() -> AbstractContextManager[Any]:
     """No answer came: once more, then."""
     right = SlurmClient.submit
 
-    async def wrong(self: SlurmClient, request: JobRequest) -> Submitted:
+    async def wrong(self: SlurmClient, request: JobRequest, *, intended_at: datetime | None = None) -> Submitted:
         try:
-            return await right(self, request)
+            return await right(self, request, intended_at=intended_at)
         except SlurmAmbiguous:
-            return await right(self, request)
+            return await right(self, request, intended_at=intended_at)
 
     return patch.object(SlurmClient, "submit", wrong)
 

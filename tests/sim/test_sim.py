@@ -39,7 +39,9 @@ def test_every_invariant_holds(url: str, first: int) -> None:
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_planted_mistake_is_found(url: str, mutation: str) -> None:
-    assert live(range(SEEDS_TO_FIND), url, mutation=mutation) is not None
+    failure = live(range(SEEDS_TO_FIND), url, mutation=mutation)
+    assert failure is not None
+    assert failure.is_of_an_invariant, failure.error
 
 
 def test_a_seed_lives_the_same_life_again(url: str) -> None:
