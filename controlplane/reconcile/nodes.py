@@ -2,8 +2,9 @@
 
 Marks follow alerts, failures and operators' words; Slurm is asked for its nodes only while there are marks, and not in
 every round. Without its answer nothing is known of nodes: drains go on as far as they are operators', no job is
-submitted for a set that an operator or an alert wants kept off some node, and one that only failures speak against
-is submitted unrestricted. Jobs that wait are told of nodes that are kept out, or let in, after they were submitted.
+submitted or released for a set that an operator or an alert wants kept off some node, and one that only failures speak
+against is submitted unrestricted. Jobs that wait are told of nodes that are kept out, or let in, after they were
+submitted.
 """
 
 from __future__ import annotations

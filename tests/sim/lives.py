@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 from loguru import logger
 
-from controlplane.db import Database, DatabaseOptions
-from controlplane.db.pool import Connection
+from tests.sim.database import open_database
 from tests.sim.invariants import Broken
 from tests.sim.mutations import mutated
 from tests.sim.steps import Killed
@@ -69,7 +68,7 @@ def play(scenario: Callable[[World], Awaitable[None]], url: str) -> None:
 
 
 async def _play(scenario: Callable[[World], Awaitable[None]], url: str) -> None:
-    async with _database(url) as db:
+    async with open_database(url) as db:
         world = World(0, db, url)
         await world.begin()
         try:
@@ -81,17 +80,6 @@ async def _play(scenario: Callable[[World], Awaitable[None]], url: str) -> None:
             await world.end()
 
 
-class _Close(Database):
-    """The server is here, and stays: nobody asks it so before each use, which would be half of all that is asked."""
-
-    async def _check(self, connection: Connection) -> None:
-        pass
-
-
-def _database(url: str) -> Database:
-    return _Close(DatabaseOptions(url=url, max_connections=1, timeout_seconds=60))
-
-
 async def _live(seeds: Iterable[int], url: str, tells: Callable[[str], None] | None) -> Failure | None:
     unseen: list[str] = []
 
@@ -101,7 +89,7 @@ async def _live(seeds: Iterable[int], url: str, tells: Callable[[str], None] | N
             unseen.append(f"{context.get('message')}: {context.get('exception')!r}")
 
     asyncio.get_running_loop().set_exception_handler(note)
-    async with _database(url) as db:
+    async with open_database(url) as db:
         for seed in seeds:
             world = World(seed, db, url, tells=tells)
             try:

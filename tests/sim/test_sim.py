@@ -9,13 +9,17 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import psycopg
 import pytest
 
 from controlplane.demo.postgres import PrivatePostgres
+from tests.sim import product
+from tests.sim.database import TABLES
 from tests.sim.dialects import DOWN, FORBIDDEN, FROZEN, Dialect, New, Old
+from tests.sim.invariants import Broken
 from tests.sim.lives import live, play, tell
 from tests.sim.mutations import MUTATIONS
-from tests.sim.regressions import SCENARIOS
+from tests.sim.regressions import SCENARIOS, tick
 from tests.sim.slurm import Reservation, Slurm
 from tests.sim.workers import SEEDS_TO_FIND
 from tests.sim.world import BEGIN, World
@@ -51,9 +55,36 @@ def test_a_seed_lives_the_same_life_again(url: str) -> None:
     assert lives[0] == lives[1]
 
 
+def test_a_life_begins_with_every_table_empty(url: str) -> None:
+    """A table that is added must be emptied as well, or a seed is not the same life again."""
+    with psycopg.connect(url) as connection:
+        found = connection.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'").fetchall()
+    ours = {name for (name,) in found if "yoyo" not in name}
+    assert ours - {name for name, _ in TABLES} == {"installation", "tenants", "api_keys"}
+
+
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
 def test_what_was_found_once_is_not_found_again(url: str, scenario: Callable[[World], Awaitable[None]]) -> None:
     play(scenario, url)
+
+
+async def three_generations_of_walltimes_end(world: World) -> None:
+    """Two replicas are wanted, and two can be given requests at any moment, with requests in flight all the time."""
+    plane = await world.grown(2, slurm=product.resources(240))
+    for _ in range(90):
+        await tick(world, plane, 10)
+        world.clients_are_answered()
+        world.proxies_read()
+        world.lagging_proxies_send(timedelta(seconds=5))
+        [row] = world.watch.rows("SELECT count(*) AS routable FROM routable_endpoints")
+        if row["routable"] < 2:
+            raise Broken(f"{row['routable']} replicas can be given requests")
+    [row] = world.watch.rows("SELECT count(*) AS handed_over FROM replicas WHERE reason = 'HANDED_OVER'")
+    assert row["handed_over"] >= 6
+
+
+def test_walltimes_end_and_nobody_notices(url: str) -> None:
+    play(three_generations_of_walltimes_end, url)
 
 
 # --- the fake Slurm says what a real one said ---------------------------------------------------------------

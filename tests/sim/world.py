@@ -17,6 +17,7 @@ import httpx
 from controlplane.db import Database, DatabaseError, replica_sets, slurm_jobs
 from controlplane.reconcile.alerts import UnreadableAlerts
 from tests.sim import product
+from tests.sim.database import empty
 from tests.sim.dialects import New, Old
 from tests.sim.doors import Door, Wire
 from tests.sim.grafana import Grafana, Rule
@@ -99,7 +100,7 @@ class World:
             await self.end()
 
     async def begin(self) -> None:
-        await _empty(self.db)
+        await empty(self.db)
         self.instance_id = await slurm_jobs.instance_id(self.db)
         lifetime = self.token.lifetime
         # as long as a lost request can act, or is said to: 120 s is the client's default where tokens do not tell
@@ -142,9 +143,9 @@ class World:
         for _ in range(1 + (rng.random() < 0.5)):
             self.new_plane()
 
-    async def grown(self, replicas: int, *, ticks: int = 4) -> Process:
+    async def grown(self, replicas: int, *, ticks: int = 4, **changes: Any) -> Process:
         """For scenarios: one plane and the set `a` with so many replicas, which serve after four ticks."""
-        spec = product.a_spec("a", _MODEL)
+        spec = product.a_spec("a", _MODEL, **changes)
         await replica_sets.apply(self.db, spec, actor=product.OPERATOR, now=self.now)
         await replica_sets.scale(self.db, "a", replicas=replicas, actor=product.OPERATOR, now=self.now)
         plane = self.new_plane()
@@ -417,36 +418,3 @@ def _submitted_name(request: httpx.Request) -> str | None:
     found = _NAME.search(request.content)
     assert found is not None
     return found[1].decode()
-
-
-_TABLES = (  # who refers to others before them; all with an id that counts, if True
-    ("slurm_job_history", True),
-    ("slurm_jobs", False),
-    ("endpoint_history", True),
-    ("endpoints", True),
-    ("job_logs", False),
-    ("back_offs", False),
-    ("replica_history", False),
-    ("replicas", True),
-    ("decisions", True),
-    ("audit", True),
-    ("freezes", False),
-    ("node_history", True),
-    ("nodes", False),
-    ("replica_sets", False),
-    ("alert_deliveries", False),
-    ("alerts", False),
-    ("webhook_signatures", False),
-    ("leases", False),
-)
-_EMPTY = "; ".join(f"DELETE FROM {table}" for table, _ in _TABLES)
-_COUNT_ANEW = "SELECT " + ", ".join(
-    f"setval(pg_get_serial_sequence('{table}', 'id'), 1, false)" for table, counts in _TABLES if counts
-)
-
-
-async def _empty(db: Database) -> None:
-    """Not by TRUNCATE, which takes longer than many a life does."""
-    async with db.transaction() as connection:
-        await connection.execute(_EMPTY)
-        await connection.execute(_COUNT_ANEW)
