@@ -105,7 +105,8 @@ async def create(
 ) -> Replica:
     """Add one PENDING replica. Raises Duplicate (the port is taken), Stale (no further one is wanted any more).
 
-    `beside`: replicas of the set that are to leave for it; they do not count against the desired ones.
+    `beside`: replicas of the set that are to leave their nodes for it; they do not count against the desired ones, as
+    long as those nodes are drained still.
     `succeeds`: a running replica's id. Of it and its successor only the one counts, and it has one at most.
     The set's row is locked meanwhile, so that two control planes cannot both make the last one that is missing.
     """
@@ -125,7 +126,11 @@ async def create(
                  WHERE s.name = %(set)s AND NOT s.is_paused AND s.spec_hash = %(spec_hash)s
                    AND (SELECT count(*) FROM replicas r
                          WHERE r.replica_set = s.name AND r.spec_hash = s.spec_hash AND r.phase = ANY (%(existing)s)
-                           AND r.name <> ALL (%(beside)s) AND r.id IS DISTINCT FROM %(succeeds)s
+                           AND NOT (r.name = ANY (%(beside)s) AND EXISTS (
+                                   SELECT FROM slurm_jobs j JOIN nodes n ON n.node = j.nodes
+                                    WHERE j.replica_id = r.id AND j.job_id = r.slurm_job_id
+                                      AND n.cause <> 'failures' AND n.cleared_at IS NULL))
+                           AND r.id IS DISTINCT FROM %(succeeds)s
                            AND NOT EXISTS (SELECT FROM replicas follower
                                             WHERE follower.succeeds = r.id AND follower.phase = ANY (%(existing)s)))
                        < s.desired_replicas

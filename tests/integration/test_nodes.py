@@ -224,6 +224,10 @@ async def test_a_successor_is_made_beside_the_one_that_it_succeeds_and_no_more(d
     async def create(port: int, *beside: str) -> Replica:
         return await replicas.create(db, a, port=port, secret="x" * 32, actor="t", now=NOW, beside=beside)
 
+    await slurm_jobs.record(db, [(first.id, a_job(first, JobState.RUNNING, "n1"))], NOW)
+    with pytest.raises(Stale):
+        await create(31000, first.name)  # its node is drained no more
+    await nodes.drain(db, "n1", actor="ann", now=NOW)
     with pytest.raises(Stale):
         await create(31000)
     second = await create(31000, first.name)

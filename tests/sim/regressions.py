@@ -84,6 +84,18 @@ async def a_job_is_not_released_while_nodes_are_not_known(world: World) -> None:
     await tick(world, plane)
 
 
+async def a_successor_that_is_made_late_is_none_beside_who_may_stay(world: World) -> None:
+    """A plane was stopped before it made one beside a replica on a drained node; woken after the undrain, it did."""
+    plane = await world.grown(1, max_replicas=1)
+    [job] = world.slurm.ours_alive()
+    await world.run((world.web, world.order(f"nodes/{job.node}/drain", {})))
+    plane.sleeps_at = "replicas.create"
+    await world.run(world.follows(plane))
+    await world.run((world.web, world.order(f"nodes/{job.node}/undrain", {})))
+    world.wake(plane)
+    await world.run()
+
+
 SCENARIOS: Mapping[str, Callable[[World], Awaitable[None]]] = {
     one.__name__: one
     for one in (
@@ -92,5 +104,6 @@ SCENARIOS: Mapping[str, Callable[[World], Awaitable[None]]] = {
         a_node_that_could_not_be_read_is_asked_for_again,
         a_job_that_could_not_be_told_of_a_drained_node_is_not_released,
         a_job_is_not_released_while_nodes_are_not_known,
+        a_successor_that_is_made_late_is_none_beside_who_may_stay,
     )
 }
