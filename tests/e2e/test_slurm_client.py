@@ -62,7 +62,7 @@ async def test_a_held_job_is_listed_released_and_cancelled_by_its_owner_only(
     await eventually(is_running, timeout_seconds=20)
     assert await client.node_address((await job()).batch_host) == "127.0.0.1"
     output = slurm.jobs_directory / f"client-{submitted.job_id}.out"
-    assert await eventually(lambda: output.read_text()) == "A=b 'c' $d GPUS=0,1\n"
+    assert await eventually(lambda: output.exists() and output.read_text()) == "A=b 'c' $d GPUS=0,1\n"
 
     assert not await client.cancel(submitted.job_id, name="cp-client-2"), "not that job"
     assert not await client.cancel(submitted.job_id + 1000, name=NAME), "no such job"
