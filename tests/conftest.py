@@ -56,6 +56,15 @@ def eventually_sync(fact: Callable[[], T], *, timeout_seconds: float = 10) -> T:
     return asyncio.run(eventually(fact, timeout_seconds=timeout_seconds))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What `make test` runs side by side: a file is one piece, and the end-to-end tests are, which share a Slurm."""
+    for item in items:
+        place = item.path.relative_to(Path(__file__).parent)
+        group = place.parts[0] if place.parts[0] == "e2e" else str(place)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def session_directory() -> Iterator[Path]:
     """Where this session's servers live; short enough for unix sockets, and readable for other users."""

@@ -468,6 +468,7 @@ def _replica_set(row: DictRow, freezes: list[DictRow]) -> ReplicaSet:
         paused_until=row["paused_until"],
         scaled_up_at=row["scaled_up_at"],
         scaled_down_at=row["scaled_down_at"],
+        start_lead_seconds=row["start_lead_seconds"],
         operator_bounds=None if bounds == OperatorBounds(None, None) else bounds,
         scheduled=ScheduledBounds(tuple(row["open_schedules"]), row["scheduled_min"], row["scheduled_max"]),
         pin=pin,

@@ -32,6 +32,7 @@ from controlplane.demo.claims import CHILDREN_FOLDER, Record, claim, end
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 """The PATH that children see."""
 
+_FIRST_PORT_OF_REPLICAS = 20_000  # unless the settings say otherwise
 _LOG_TAIL_CHARACTERS = 2000
 _POLL_SECONDS = 0.02
 # process id, boot and start time of the shell stay those of the program that it becomes
@@ -230,11 +231,12 @@ def program(name: str, *folders: str) -> str:
 def free_ports(count: int) -> list[int]:
     """Consecutive TCP ports that are free on 127.0.0.1.
 
-    They lie below the range the kernel gives to outgoing connections, so that a server that is ended and started again
-    finds its port still free. Raises `StartFailed` if there are none.
+    They lie below those of replicas, which draw theirs without looking, and below the range the kernel gives to
+    outgoing connections, so that a server that is ended and started again finds its port still free. Raises
+    `StartFailed` if there are none.
     """
     first_ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    end_of_range = first_ephemeral if first_ephemeral > 12_000 else 65_536
+    end_of_range = min(first_ephemeral, _FIRST_PORT_OF_REPLICAS) if first_ephemeral > 12_000 else 65_536
     for _ in range(100):
         first = random.randrange(10_000, end_of_range - count)
         if all(_is_free(port) for port in range(first, first + count)):

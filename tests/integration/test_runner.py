@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
+from controlplane.core.reservations import Calendar
 from controlplane.core.types import JobList, JobState, Phase, SlurmJob
 from controlplane.db import Database, endpoints
 from controlplane.metrics import ControlPlaneMetrics
@@ -67,6 +68,9 @@ class OneJob:
 
     async def list_jobs(self, now: datetime) -> JobList:
         return JobList((self._job,), now)
+
+    async def calendar(self) -> Calendar:
+        return Calendar()
 
     async def node_address(self, _node: str) -> str:
         return self._address
