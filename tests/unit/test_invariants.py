@@ -198,15 +198,27 @@ TestLives.settings = settings(ALIKE, max_examples=250, stateful_step_count=50)
 
 # --- rolling -----------------------------------------------------------------------------------------------
 
-
-@ALIKE
-@given(
+A_FULL_HOUSE_OR_NOT = given(
     target=st.integers(1, 4),
     surge=st.integers(0, 2),
     is_full=st.booleans(),
     seed=SEEDS,
     cuts=st.lists(st.none() | st.integers(0, 3), max_size=20),
 )
+
+
+def goes_over(world: SmallWorld, rng: Random, fewest: int, cuts: list[int | None]) -> None:
+    """However often it is interrupted, the world settles anew, and never do fewer serve meanwhile."""
+    for _ in range(ROUNDS_TO_SETTLE):
+        world.calm_tick(rng, cut_after=cuts.pop() if cuts else None)
+        assert world.serving() >= fewest, world.described()
+        if world.is_settled():
+            break
+    assert world.is_settled(), world.described()
+
+
+@ALIKE
+@A_FULL_HOUSE_OR_NOT
 def test_a_roll_never_costs_more_than_the_surge_lacks(
     target: int, surge: int, is_full: bool, seed: int, cuts: list[int | None]
 ) -> None:
@@ -216,23 +228,11 @@ def test_a_roll_never_costs_more_than_the_surge_lacks(
     world = SmallWorld(a_set(target, spec=spec))
     settles(world, rng)
     world.apply(replace(spec, vllm=replace(spec.vllm, image="two.sif")))
-    has_room = surge > 0 or not is_full
-    for _ in range(ROUNDS_TO_SETTLE):
-        world.calm_tick(rng, cut_after=cuts.pop() if cuts else None)
-        assert world.serving() >= target - (0 if has_room else 1), world.described()
-        if world.is_settled():
-            break
-    assert world.is_settled(), world.described()
+    goes_over(world, rng, target - (0 if surge > 0 or not is_full else 1), cuts)
 
 
 @ALIKE
-@given(
-    target=st.integers(1, 4),
-    surge=st.integers(0, 2),
-    is_full=st.booleans(),
-    seed=SEEDS,
-    cuts=st.lists(st.none() | st.integers(0, 3), max_size=20),
-)
+@A_FULL_HOUSE_OR_NOT
 def test_a_drained_node_is_left_and_costs_no_more_than_the_surge_lacks(
     target: int, surge: int, is_full: bool, seed: int, cuts: list[int | None]
 ) -> None:
@@ -240,13 +240,7 @@ def test_a_drained_node_is_left_and_costs_no_more_than_the_surge_lacks(
     world = SmallWorld(a_set(target, spec=a_spec(max_replicas=target if is_full else target + 1, surge=surge)))
     settles(world, rng)
     world.drain_node("n0")
-    has_room = surge > 0 or not is_full
-    for _ in range(ROUNDS_TO_SETTLE):
-        world.calm_tick(rng, cut_after=cuts.pop() if cuts else None)
-        assert world.serving() >= target - (0 if has_room else 1), world.described()
-        if world.is_settled():
-            break
-    assert world.is_settled(), world.described()
+    goes_over(world, rng, target - (0 if surge > 0 or not is_full else 1), cuts)
     assert {job.nodes for job in world.some_jobs(JobState.RUNNING)} == {"m"}
 
 
