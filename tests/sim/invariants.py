@@ -118,7 +118,7 @@ class Watch:
         if method == "DELETE":
             self._on_cancel(job)
         elif b"hold" in content and job.state == "PENDING":
-            self._check_place(process, job.excluded, None, job.name)
+            self._check_place(process, job.told_excluded, None, job.name)
 
     def _check_place(self, process: Process, excluded: frozenset[str], limit: timedelta | None, name: str) -> None:
         """Of a job that is submitted with this limit, or released."""

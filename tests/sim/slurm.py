@@ -49,6 +49,7 @@ class Job:
     model: str = ""
     may_requeue: bool = False
     excluded: frozenset[str] = frozenset()  # nodes
+    told_excluded: frozenset[str] = frozenset()  # before a crash may have forgotten it
     is_held: bool = False
     state: str = "PENDING"
     state_reason: str = "None"
@@ -244,7 +245,7 @@ class Slurm:
         names = self.dialect.asked_to_exclude(body[self.dialect.excluded_nodes])
         assert names is None or names <= NODES.keys()
         if names is not None:
-            job.excluded = frozenset(names)
+            job.excluded = job.told_excluded = frozenset(names)
             self.on_change(f"job {job.job_id} {job.name} is kept off {', '.join(sorted(names)) or 'no node'}")
         return self.dialect.done()
 
@@ -259,7 +260,8 @@ class Slurm:
         if not excluded <= NODES.keys():
             return self.dialect.unknown_nodes()
         job = self.add(asked["name"], US, asked.get("comment", ""), is_held=asked.get("hold", False))
-        job.port, job.model, job.excluded = int(found[1]), found[2], excluded
+        job.port, job.model = int(found[1]), found[2]
+        job.excluded = job.told_excluded = excluded
         job.secret = environment["VLLM_API_KEY"]
         job.limit = limit
         job.may_requeue = not self.dialect.can_forbid_requeue or asked.get("requeue") is True
@@ -443,6 +445,7 @@ class Slurm:
                 engine.dies_at = min(filter(None, (engine.dies_at, self.now + ORPHAN_STEP_LIVES)))
         self._ends = {job_id: at for job_id, at in self._ends.items() if job_id in self.jobs}
         for job in self.jobs.values():
+            job.told_excluded = before[job.job_id].told_excluded if job.job_id in before else job.told_excluded
             self._follow_up(job)
 
     def _follow_up(self, job: Job) -> None:
