@@ -10,12 +10,14 @@ import asyncio
 import json
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import httpx
 
 _STREAMED_OF = 4
 _RECENT_SECONDS = 10.0
+_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,16 @@ class Count:
     failed: int = 0
     broken: int = 0
     first_words: list[str] = field(default_factory=list)  # of the first failures, for people
+
+
+async def until_served(http: httpx.AsyncClient, model: str) -> None:
+    """Return when the proxy knows a replica of the model, of which it hears a moment after the database does."""
+    while True:
+        with suppress(httpx.HTTPError):
+            answer = await http.get(f"/v1/models/{model}")
+            if answer.status_code == 200 and answer.json()["state"] == "routable":
+                return
+        await asyncio.sleep(_POLL_SECONDS)
 
 
 class Load:
@@ -67,7 +79,8 @@ class Load:
         return recent[min(len(recent) - 1, int(len(recent) * quantile))] if recent else None
 
     async def run(self) -> None:
-        """Keep the wanted number of clients busy."""
+        """Keep the wanted number of clients busy, from when the model is served for the first time."""
+        await until_served(self._http, self._options.model)
         while True:
             self._clients = {client for client in self._clients if not client.done()}
             for number in range(len(self._clients), self.wanted):

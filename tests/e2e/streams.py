@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 import httpx
 
+from controlplane.demo.load import until_served
+
 WHOLE, CUT = "whole", "cut with an error event"
 
 
@@ -26,7 +28,8 @@ class Streams:
     _running: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def open(self, count: int, *, tokens: int) -> None:
-        """Open so many, and return when the first token of each has come, or it has failed."""
+        """Open so many at proxies that serve the model; return when each has its first token, or has failed."""
+        await self._until_served()
         begun = [asyncio.Event() for _ in range(count)]
         for has_begun in begun:
             task = asyncio.create_task(self._run(self.urls[self._opened % len(self.urls)], tokens, has_begun))
@@ -47,6 +50,7 @@ class Streams:
             while not is_enough.is_set():
                 await self._run(url, 2, asyncio.Event())
 
+        await self._until_served()
         is_enough = asyncio.Event()
         tasks = [asyncio.create_task(go_on(url)) for url in self.urls]
         try:
@@ -54,6 +58,14 @@ class Streams:
         finally:
             is_enough.set()
             await asyncio.gather(*tasks)
+
+    async def _until_served(self) -> None:
+        for url in self.urls:
+            async with asyncio.timeout(30), httpx.AsyncClient(base_url=url, headers=self._headers()) as http:
+                await until_served(http, self.model)
+
+    def _headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.api_key}"}
 
     async def _run(self, url: str, tokens: int, has_begun: asyncio.Event) -> None:
         try:
@@ -72,12 +84,11 @@ class Streams:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        headers = {"Authorization": f"Bearer {self.api_key}"}
         generated = 0
         events: list[str] = []
         async with (
             httpx.AsyncClient(timeout=120, trust_env=False) as http,
-            http.stream("POST", f"{url}/v1/chat/completions", json=body, headers=headers) as answer,
+            http.stream("POST", f"{url}/v1/chat/completions", json=body, headers=self._headers()) as answer,
         ):
             if answer.status_code != 200:
                 return f"{answer.status_code}: {(await answer.aread()).decode()[:200]}"

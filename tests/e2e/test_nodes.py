@@ -5,6 +5,7 @@ A cluster of its own: it has partitions that preempt, and its nodes are taken aw
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -93,8 +94,9 @@ async def test_an_alert_drains_its_node_successor_first_and_jobs_stay_off_until_
         await alerts.store(site.db, [(firing, {})], now=utc_now())
 
         fewest = 1
-        while (await replicas.load(site.db, first.name)).phase is not Phase.ENDED:
-            fewest = min(fewest, len(await endpoints.load_routable(site.db)))
+        async with asyncio.timeout(120):
+            while (await replicas.load(site.db, first.name)).phase is not Phase.ENDED:
+                fewest = min(fewest, len(await endpoints.load_routable(site.db)))
         assert fewest == 1, "the successor was ready before its predecessor left"
         assert (await replicas.load(site.db, first.name)).reason is Reason.NODE_DRAINED
         second = await routable(site)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from datetime import timedelta
 
@@ -152,8 +153,9 @@ async def test_a_changed_template_rolls_replicas_without_a_moment_of_less(
         await replica_sets.apply(site.db, changed, actor="test", now=utc_now())
 
         fewest = 2
-        while before & {replica.name for replica in await site.live()} or len(await site.live()) != 2:
-            fewest = min(fewest, len(await endpoints.load_routable(site.db)))
+        async with asyncio.timeout(120):
+            while before & {replica.name for replica in await site.live()} or len(await site.live()) != 2:
+                fewest = min(fewest, len(await endpoints.load_routable(site.db)))
         assert fewest == 2
 
 
