@@ -96,7 +96,9 @@ def plan(scene: Scene, *, now: datetime, rules: PlanRules) -> list[Action]:
     outdated = [replica for replica in staying if not _is_to_stay(scene, replica)]
     going = [replica for replica in walltimes.going if replica in staying and replica not in outdated]
     current = [replica for replica in staying if replica not in outdated and replica not in going]
-    leaving = _too_many(scene, current, walltimes) + _superseded(scene, current, outdated, going, walltimes)
+    may_start = _hindrance(scene, now, rules) is None
+    superseded = _superseded(scene, current, outdated, going, walltimes, may_start=may_start)
+    leaving = _too_many(scene, current, walltimes) + superseded
     is_one_too_many = len(current) + len(going) > scene.target
     for replica in leaving:
         reason = Reason.SCALED_DOWN
@@ -256,21 +258,28 @@ def _reason_to_leave(scene: Scene, replica: Replica) -> Reason:
 
 
 def _superseded(
-    scene: Scene, current: list[Replica], outdated: list[Replica], going: list[Replica], walltimes: HandOvers
+    scene: Scene,
+    current: list[Replica],
+    outdated: list[Replica],
+    going: list[Replica],
+    walltimes: HandOvers,
+    *,
+    may_start: bool,
 ) -> list[Replica]:
     """Of an older spec, or on a node being drained: what serves nothing leaves at once, the rest one by one.
 
     One leaves for each successor that is ready.
 
     So do those whose walltime is about to end, but for what serves nothing: it may serve again before its successor.
-    Where no surge lets a successor start beside them, they make room one by one: only while every live replica serves.
+    Where no surge lets a successor start beside them, they make room one by one: only while every live replica serves,
+    and one that is made then may start.
     """
     both = outdated + going
     serving = [replica for replica in _in_leaving_order(scene, both, walltimes) if _may_serve(scene, replica)]
     ready = sum(scene.is_serving(replica) for replica in current)
     useless = [one for one in both if one not in serving and (one in outdated or ready >= scene.target)]
     spare = max(0, ready + len(serving) - scene.target)
-    if _live(scene) == ready + len(serving) == scene.target and _room(scene) <= 0:
+    if may_start and _live(scene) == ready + len(serving) == scene.target and _room(scene) <= 0:
         spare = 1
     return useless + serving[:spare]
 
@@ -330,15 +339,21 @@ def _additions(
     missing = min(len(places), _room(scene))
     if missing <= 0:
         return []
-    limit = _limit(scene, None, now)
-    if isinstance(limit, Closing):
-        return [Report(scene.replica_set.name, limit.waiting)]
-    pause = back_off(scene, rules)
-    if pause is not None and now < pause.next_try_at:
-        return [Report(scene.replica_set.name, pause.sentence)]
-    if pause is not None:
+    if (hindrance := _hindrance(scene, now, rules)) is not None:
+        return [Report(scene.replica_set.name, hindrance)]
+    if back_off(scene, rules) is not None:
         missing = min(missing, _at_once(scene, current))  # one is enough to see whether it starts now
+    limit = _limit(scene, None, now)
+    assert not isinstance(limit, Closing)  # that is a hindrance
     return [Create(scene.replica_set.name, beside, place, limit) for place in places[:missing]]
+
+
+def _hindrance(scene: Scene, now: datetime, rules: PlanRules) -> str | None:
+    """Why no further replica would be made now, whatever room there is."""
+    if isinstance(limit := _limit(scene, None, now), Closing):
+        return limit.waiting
+    pause = back_off(scene, rules)
+    return pause.sentence if pause is not None and now < pause.next_try_at else None
 
 
 def _live(scene: Scene) -> int:

@@ -11,6 +11,7 @@ import pytest
 
 from controlplane.core.back_off import explained
 from controlplane.core.planning import PlanRules, Scene, back_off, idle_since, let_go, plan
+from controlplane.core.reservations import Closing
 from controlplane.core.types import (
     Action,
     Create,
@@ -527,6 +528,18 @@ def test_without_surge_the_next_predecessor_waits_until_the_successor_serves() -
     (successor,) = many(RUNNING, 3)
     assert said(a_scene(NO_SURGE, [first, successor], [starting(successor)])) == []
     assert said(a_scene(NO_SURGE, [first, successor])) == ["1 DRAINING ROLLED"]
+
+
+def test_without_surge_no_predecessor_makes_room_for_what_may_not_start() -> None:
+    """A reservation or a back-off would leave its place empty."""
+    begins = Closing("reservation r", NOW + timedelta(seconds=30), NOW + timedelta(hours=5))
+    full = a_scene(NO_SURGE, old(RUNNING, 1, 2))
+    assert said(replace(full, closing=begins)) == []
+    assert said(replace(full, past=tuple(failed(5, 20)))) == []
+    assert said(replace(full, past=tuple(failed(100, 120)))) == ["2 DRAINING ROLLED"]
+    staying = vacating(a_scene(NO_SURGE, many(RUNNING, 1, 2)), "cp-s-1")
+    assert said(staying) == ["1 DRAINING NODE_DRAINED"]
+    assert said(replace(staying, closing=begins)) == []
 
 
 def test_a_set_scaled_to_nothing_while_rolling_is_scaled_down() -> None:
