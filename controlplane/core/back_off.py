@@ -66,7 +66,9 @@ def backing_off(
 
 
 def explained(decision: Decision, pause: BackOff | None) -> Decision:
-    """The decision, saying that the set backs off where it would say that all is well."""
+    """The decision, saying that the set backs off where it would say that all is well; and how, where it says that."""
+    if pause is not None and decision.reason is DecisionReason.BACKING_OFF:
+        return replace(decision, explanation=f"{decision.explanation}: {pause.sentence}")
     if pause is None or decision.reason is not DecisionReason.STEADY:
         return decision
     return replace(decision, reason=DecisionReason.BACKING_OFF, explanation=pause.sentence)

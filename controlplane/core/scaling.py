@@ -42,6 +42,7 @@ class Pressure:
     down: tuple[Alert, ...] = ()
     replace: tuple[Alert, ...] = ()
     last_up_at: datetime | None = None  # when up-pressure was felt last; now, while it is felt
+    is_backing_off: bool = False  # its starts fail: more of them are no help
 
 
 def presses(alert: Alert, *, now: datetime, stale_after: timedelta) -> bool:
@@ -90,6 +91,7 @@ def _pressure_on(
         down=acting(AlertAction.SCALE_DOWN),
         replace=acting(AlertAction.REPLACE),
         last_up_at=max(felt, default=None),
+        is_backing_off=replica_set.name in backing_off,
     )
 
 
@@ -234,7 +236,7 @@ def _wish(
     if desired > replica_set.max_replicas:
         return _move(replica_set, replica_set.max_replicas, DecisionReason.ABOVE_MAX, "more than max_replicas")
     if pressure.up:
-        return _decide_up(replica_set, pressure.up, starting, changes, now)
+        return _decide_up(replica_set, pressure, starting, changes, now)
     if pressure.down:
         return _decide_down(replica_set, pressure, changes, now)
     return _stay(replica_set, DecisionReason.STEADY, "no alert presses")
@@ -252,19 +254,21 @@ def is_starting(replica: Replica, endpoint: Endpoint | None, now: datetime) -> b
 
 def _decide_up(
     replica_set: ReplicaSet,
-    up: tuple[Alert, ...],
+    pressure: Pressure,
     starting: list[Replica],
     changes: Sequence[Change],
     now: datetime,
 ) -> Decision:
     rules = replica_set.spec.scale_up
-    desired, what = replica_set.desired_replicas, _words(up)
+    desired, up, what = replica_set.desired_replicas, pressure.up, _words(pressure.up)
     if rules.select_policy is SelectPolicy.DISABLED:
         return _stay(replica_set, DecisionReason.DISABLED, f"{what}, but scale_up is Disabled", up)
     if desired >= replica_set.max_replicas:
         return _stay(replica_set, DecisionReason.AT_MAX, f"{what}, but max_replicas is {replica_set.max_replicas}", up)
     if starting:
         return _stay(replica_set, DecisionReason.STARTING, f"{what}; {starting[0].name} is still starting", up)
+    if pressure.is_backing_off:
+        return _stay(replica_set, DecisionReason.BACKING_OFF, f"{what}, but starts fail", up)
     if (left := _cooldown_left(replica_set.scaled_up_at, rules.cooldown_seconds, now)) is not None:
         return _stay(replica_set, DecisionReason.COOLDOWN, f"{what}; cooling down until {left:%H:%M:%S}", up)
     # less was asked for while fewer were desired: a step begins the window anew

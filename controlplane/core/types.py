@@ -468,7 +468,7 @@ class DecisionReason(StrEnum):
     PINNED = "PINNED"
     FROZEN = "FROZEN"
     OPERATOR = "OPERATOR"
-    BACKING_OFF = "BACKING_OFF"  # no alert presses, and what failed is not tried again before its time
+    BACKING_OFF = "BACKING_OFF"  # wanted more, or no alert presses; what failed is not tried again before its time
 
 
 @dataclass(frozen=True, slots=True)

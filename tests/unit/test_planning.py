@@ -453,6 +453,8 @@ def test_a_steady_decision_says_that_the_set_backs_off() -> None:
     assert told.explanation == "2 failed starts in a row; next try at 12:00:15: it said why"
     moving = replace(steady, desired=2, reason=DecisionReason.SCALED_UP)
     assert explained(moving, pause) == moving
+    pressed = replace(steady, reason=DecisionReason.BACKING_OFF, explanation="A is firing, but starts fail")
+    assert explained(pressed, pause).explanation == f"A is firing, but starts fail: {told.explanation}"
     assert explained(steady, None) == steady
 
 

@@ -103,7 +103,7 @@ def test_every_reason_is_tested() -> None:
     elsewhere = {DecisionReason.STARTING, DecisionReason.OPERATOR}  # below; and never decided, only recorded
     elsewhere |= {DecisionReason.LIMITED, DecisionReason.DISABLED}  # test_policies
     elsewhere |= {DecisionReason.SCHEDULED, DecisionReason.PINNED, DecisionReason.FROZEN}  # test_steering
-    elsewhere |= {DecisionReason.BACKING_OFF}  # with the back-off
+    elsewhere |= {DecisionReason.BACKING_OFF}  # below, and with the back-off
     assert {reason for reason, *_ in EVERY_REASON} | elsewhere == set(DecisionReason)
 
 
@@ -168,6 +168,26 @@ def test_a_step_down_does_not_wait_for_one_that_is_starting() -> None:
 
 def test_a_set_at_its_max_says_so_even_while_one_is_starting() -> None:
     assert decided(tame(4), up, replicas=[a_replica(7, Phase.QUEUED)]).reason is DecisionReason.AT_MAX
+
+
+# --- a set whose starts fail ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("labels", [{"model": "m"}, {"replica_set": "s"}])
+def test_a_set_in_back_off_does_not_grow_though_none_else_can_take_the_pressure(labels: dict[str, str]) -> None:
+    asking = replace(up, labels=labels)
+    (pressure,) = pressures([tame(2)], [asking], now=NOW, stale_after=STALE_AFTER, backing_off={"s"}).values()
+    decision = decide(tame(2), pressure, [], {}, now=NOW)
+    assert (decision.reason, decision.desired) == (DecisionReason.BACKING_OFF, 2)
+    assert (decision.explanation, decision.alerts) == ("QueueGrows is firing, but starts fail", (asking.key,))
+    assert decide(tame(4), pressure, [], {}, now=NOW).reason is DecisionReason.AT_MAX
+    trying = decide(tame(2), pressure, [a_replica(7, Phase.QUEUED)], {}, now=NOW)
+    assert trying.reason is DecisionReason.STARTING
+
+
+def test_a_set_in_back_off_shrinks_all_the_same() -> None:
+    (pressure,) = pressures([tame(3)], [down], now=NOW, stale_after=STALE_AFTER, backing_off={"s"}).values()
+    assert decide(tame(3), pressure, [], {}, now=NOW).reason is DecisionReason.SCALED_DOWN
 
 
 # --- alerts are levels -------------------------------------------------------------------------------------
