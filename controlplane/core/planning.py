@@ -108,13 +108,15 @@ def plan(scene: Scene, *, now: datetime, rules: PlanRules) -> list[Action]:
             reason = Reason.HANDED_OVER
         if (step := let_go(replica, reason, now=now, ends_at=scene.ends_at.get(replica.name))) is not None:
             actions.append(step)
-    actions.extend(_last_calls(scene, [one for one in staying if one not in leaving], walltimes, now))
+    called = [one for one in staying if one not in leaving and one.name in walltimes.last_call]
+    actions.extend(_last_call(scene, replica, now) for replica in called)
     pending = [replica for replica in staying if replica.phase is Phase.PENDING and replica not in leaving]
     actions.extend(_submit(scene, replica, now) for replica in pending)
     missing = _missing(scene, current, outdated)
     back = [replica for replica in returnable if replica.name not in walltimes.soon][: max(0, missing)]
     actions.extend(Move(replica, Phase.RUNNING, message="wanted again before it was drained") for replica in back)
-    unfollowed = [replica.id for replica in going if replica.id not in walltimes.successors]
+    followable = [one for one in going if one not in leaving and one not in called]
+    unfollowed = [one.id for one in followable if one.id not in walltimes.successors]
     wanted = max(0, scene.target - len(current) - len(unfollowed)) - len(back)  # what no predecessor makes room for
     places: list[int | None] = [*[None] * wanted, *unfollowed]
     beside = tuple(replica.name for replica in outdated if replica.name in scene.to_vacate)
@@ -270,14 +272,20 @@ def _superseded(
 
     One leaves for each successor that is ready.
 
-    So do those whose walltime is about to end, but for what serves nothing: it may serve again before its successor.
+    So do those whose walltime is about to end, but for what serves nothing, unless fewer are wanted: it may serve again
+    before its successor.
     Where no surge lets a successor start beside them, they make room one by one: only while every live replica serves,
     and one that is made then may start.
     """
     both = outdated + going
     serving = [replica for replica in _in_leaving_order(scene, both, walltimes) if _may_serve(scene, replica)]
     ready = sum(scene.is_serving(replica) for replica in current)
-    useless = [one for one in both if one not in serving and (one in outdated or ready >= scene.target)]
+    unfollowed = [replica for replica in going if replica.id not in walltimes.successors]
+    excess = max(0, len(current) + len(unfollowed) - scene.target)
+    wanted_less = [replica for replica in unfollowed if replica not in serving][:excess]
+    useless = [
+        one for one in both if one not in serving and (one in outdated or one in wanted_less or ready >= scene.target)
+    ]
     spare = max(0, ready + len(serving) - scene.target)
     if may_start and _live(scene) == ready + len(serving) == scene.target and _room(scene) <= 0:
         spare = 1
@@ -306,14 +314,10 @@ def _could_return(scene: Scene, replica: Replica) -> bool:
     )
 
 
-def _last_calls(scene: Scene, staying: list[Replica], walltimes: HandOvers, now: datetime) -> list[Action]:
-    """Walltimes that end before a successor serves: better no new requests than broken ones."""
+def _last_call(scene: Scene, replica: Replica, now: datetime) -> Action:
+    """Its walltime ends before a successor serves: better no new requests than broken ones."""
     message = "its walltime ends before a successor serves"
-    return [
-        _drain(replica, Reason.TIME_LIMIT, message, now=now, ends_at=scene.ends_at.get(replica.name))
-        for replica in staying
-        if replica.name in walltimes.last_call
-    ]
+    return _drain(replica, Reason.TIME_LIMIT, message, now=now, ends_at=scene.ends_at.get(replica.name))
 
 
 def _submit(scene: Scene, replica: Replica, now: datetime) -> Action:

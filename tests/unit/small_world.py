@@ -538,6 +538,7 @@ class SmallWorld:
         followed = {one.succeeds for one in self.live() if one.exists and one.succeeds is not None}
         for predecessor in (one.succeeds for one in actions if isinstance(one, Create) and one.succeeds is not None):
             assert predecessor not in followed, f"cp-s-{predecessor} would have two successors"
+            assert predecessor not in leaves, f"cp-s-{predecessor} leaves, and nobody could succeed it any more"
             followed.add(predecessor)
         vacating = {one.id for one in self.live() if one.name in self._to_vacate()}  # successors start beside them
         stays = self._counted(followed | vacating, leaves)

@@ -211,6 +211,18 @@ def test_a_replica_that_ends_leaves_without_a_successor_when_fewer_are_desired()
     assert said(scene(a_short_set(1), [replica, ending(2, 3000)], [busy])) == ["1 DRAINING SCALED_DOWN"]
 
 
+def test_of_two_that_end_and_of_which_one_is_wanted_the_one_that_fails_leaves_and_the_other_is_succeeded() -> None:
+    """Once a successor of the failing one was asked for in every round, and never made: the count was full."""
+    replicas = [ending(1, 400), ending(2, 410)]
+    shaky = an_endpoint(replicas[0], Health.FAILING)
+    given = scene(a_short_set(1), replicas, [shaky])
+    assert said(given) == ["1 DRAINING SCALED_DOWN", "create"]
+    assert [one for one in planned(given) if isinstance(one, Create)] == [Create("s", succeeds=2)]
+    both = planned(scene(a_short_set(1), replicas))
+    assert in_words(both) == ["1 DRAINING SCALED_DOWN", "create"]
+    assert Create("s", succeeds=2) in both
+
+
 def test_a_successor_that_is_wanted_no_more_goes_before_anything_that_serves() -> None:
     replicas = [ending(1, 450), after(2, 1, QUEUED), ending(3, 3000)]
     assert said(scene(a_short_set(1), replicas)) == ["2 STOPPING SCALED_DOWN", "1 DRAINING HANDED_OVER"]
@@ -254,6 +266,12 @@ def test_a_predecessor_serves_on_while_its_successor_is_late_until_the_last_call
 def test_a_late_hand_over_without_a_successor_says_so() -> None:
     given = scene(a_short_set(), [ending(1, 100), a_replica(2, DRAINING)])
     assert told(given)["hand-over of cp-s-1"].startswith("hand-over is late: it has no successor, and")
+
+
+def test_what_takes_the_place_of_one_that_was_called_succeeds_nobody() -> None:
+    given = scene(a_short_set(), [ending(1, 60)])
+    assert said(given) == ["1 DRAINING TIME_LIMIT", "create"]
+    assert Create("s") in planned(given)
 
 
 def test_a_replica_that_never_served_is_not_called() -> None:
