@@ -176,10 +176,25 @@ def _own_step(scene: Scene, replica: Replica, now: datetime) -> Move | None:
 
 
 def _must_vacate_now(scene: Scene, replica: Replica, now: datetime) -> bool:
-    """On a node being drained: what serves nobody, at once; what serves, when a successor had time to start in vain."""
-    if (since := scene.to_vacate.get(replica.name)) is None or replica.phase is not Phase.RUNNING:
+    """On a node being drained: what serves nobody, at once; what serves, when a successor had time to start in vain.
+
+    Successors start one at a time, so that of those that serve only one is let go for each that started in vain.
+    """
+    if replica.name not in scene.to_vacate or replica.phase is not Phase.RUNNING:
         return False
-    return not _may_serve(scene, replica) or now - since > seconds(replica.spec.start_timeout_seconds)
+    if not _may_serve(scene, replica):
+        return True
+    vacating = [one for one in scene.replicas if one.name in scene.to_vacate and one.phase is Phase.RUNNING]
+    first = next(one for one in vacating if _may_serve(scene, one))
+    return replica is first and now - _waits_since(scene, replica) > seconds(replica.spec.start_timeout_seconds)
+
+
+def _waits_since(scene: Scene, replica: Replica) -> datetime:
+    """Since when nothing came of the drain of its node: no successor was made, and no other left such a node."""
+    made = [one.created_at for one in scene.replicas if one.exists and _is_to_stay(scene, one)]
+    leaving = [one.phase_since for one in scene.replicas if not one.exists and one.reason is Reason.NODE_DRAINED]
+    left = [one.ended_at for one in scene.past if one.reason is Reason.NODE_DRAINED]
+    return max([scene.to_vacate[replica.name], *made, *leaving, *left])
 
 
 def _is_turn_to_be_replaced(scene: Scene, replica: Replica) -> bool:

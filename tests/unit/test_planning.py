@@ -581,6 +581,26 @@ def test_a_drained_node_is_not_waited_for_longer_than_a_start_may_take() -> None
     assert said(vacating(waiting, first.name, since=budget + 1)) == ["1 DRAINING NODE_DRAINED"]
 
 
+def test_those_on_a_drained_node_whose_turn_has_not_come_wait_for_their_own_successors() -> None:
+    """Once all of them left when the time for the first one was over."""
+    replicas = many(RUNNING, 1, 2, 3)
+    names, budget = [one.name for one in replicas], replicas[0].spec.start_timeout_seconds
+    successor, past = a_replica(4, QUEUED, created_at=ago(budget)), (a_past(Reason.NODE_DRAINED, ago(budget)),)
+
+    def forced(*others: Replica, ended: Iterable[PastReplica] = ()) -> list[str]:
+        return said(vacating(a_scene(a_set(3), [*replicas, *others], past=ended), *names, since=9999))
+
+    assert forced(successor) == []
+    assert forced(replace(successor, created_at=ago(budget + 1))) == ["1 DRAINING NODE_DRAINED"]
+    assert forced() == ["1 DRAINING NODE_DRAINED", "create"], "none was made at all"
+    late = replace(successor, created_at=ago(9000))
+    leaving = a_replica(5, STOPPING, reason=Reason.NODE_DRAINED, phase_since=ago(budget))
+    assert forced(late, leaving) == []
+    assert forced(late, replace(leaving, phase_since=ago(budget + 1))) == ["1 DRAINING NODE_DRAINED"]
+    assert forced(late, ended=past) == []
+    assert forced(late, ended=[replace(past[0], ended_at=ago(budget + 1))]) == ["1 DRAINING NODE_DRAINED"]
+
+
 def test_a_drain_is_undone_with_its_nodes() -> None:
     leaving = a_replica(1, DRAINING, reason=Reason.NODE_DRAINED)
     scene = a_scene(a_set(1), [leaving], [an_endpoint(leaving, running=1)])
