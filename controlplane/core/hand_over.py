@@ -64,6 +64,7 @@ class HandOvers:
     going: tuple[Replica, ...]  # due, or with a successor already; the soonest end first
     successors: Mapping[int, Replica]  # by the predecessor's id: those that exist
     last_call: frozenset[str]  # names: to be drained now, whoever follows
+    due: frozenset[str]  # names: need a successor by now, of whatever spec
     soon: frozenset[str]  # names: rather let go of these than of others
     reports: tuple[Report, ...]
 
@@ -118,6 +119,7 @@ def look(
         going=tuple(going),
         successors=successors,
         last_call=frozenset(one.replica.name for one in calls),
+        due=frozenset(one.replica.name for one, at in zip(served, _due(served, slots), strict=True) if now >= at),
         soon=frozenset(one.replica.name for one in walltimes if now >= one.ends_at - one.soon),
         reports=tuple(reports) if target else (),
     )

@@ -112,7 +112,7 @@ def plan(scene: Scene, *, now: datetime, rules: PlanRules) -> list[Action]:
     actions.extend(_last_call(scene, replica, now) for replica in called)
     pending = [replica for replica in staying if replica.phase is Phase.PENDING and replica not in leaving]
     actions.extend(_submit(scene, replica, now) for replica in pending)
-    missing = _missing(scene, current, outdated)
+    missing = _missing(scene, current, outdated, going, walltimes)
     back = [replica for replica in returnable if replica.name not in walltimes.soon][: max(0, missing)]
     actions.extend(Move(replica, Phase.RUNNING, message="wanted again before it was drained") for replica in back)
     followable = [one for one in going if one not in leaving and one not in called]
@@ -307,9 +307,16 @@ def _superseded(
     return useless + serving[:spare]
 
 
-def _missing(scene: Scene, current: list[Replica], outdated: list[Replica]) -> int:
+def _missing(
+    scene: Scene, current: list[Replica], outdated: list[Replica], going: list[Replica], walltimes: HandOvers
+) -> int:
+    """How many more may be made. Walltimes that end do not wait for the care that is due to a new spec or a drain."""
     missing = min(scene.target, scene.replica_set.max_replicas) - len(current)
-    return min(missing, _at_once(scene, current)) if outdated else missing
+    if not outdated:
+        return missing
+    due = len(going) + sum(replica.name in walltimes.due for replica in outdated)
+    starting = sum(not scene.is_serving(replica) for replica in current)
+    return min(missing, max(_at_once(scene, current), due - starting))
 
 
 def _at_once(scene: Scene, current: list[Replica]) -> int:

@@ -169,6 +169,20 @@ def test_an_outdated_replica_is_succeeded_by_the_roll_alone() -> None:
     assert planned(scene(a_short_set(), [ending(1, 450, spec=old)])) == [Create("s")]
 
 
+def test_outdated_replicas_that_end_together_do_not_wait_for_each_others_successors() -> None:
+    """Once one of three was succeeded in time, though there was room for all."""
+    roomy = a_short_set(3, max_replicas=4, surge=2)
+    replicas = [ending(number, 450, spec=a_spec(image="zero.sif")) for number in (1, 2, 3)]
+    assert said(scene(roomy, replicas)) == ["create"] * 3
+    assert said(scene(roomy, [*replicas, a_replica(4, QUEUED)])) == ["create"] * 2
+    vacated = [ending(number, 450) for number in (1, 2, 3)]
+    drained = replace(scene(roomy, vacated), to_vacate={one.name: ago(10) for one in vacated})
+    assert [one for one in said(drained) if one == "create"] == ["create"] * 3
+    assert said(scene(roomy, [*replicas[:1], *(replace(one, running_since=NOW) for one in replicas[1:])])) == ["create"]
+    mixed = replace(scene(roomy, vacated), to_vacate={vacated[0].name: ago(10)})
+    assert said(mixed) == ["create"] * 3
+
+
 # --- when the predecessor leaves ---------------------------------------------------------------------------
 
 
