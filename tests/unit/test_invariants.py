@@ -275,6 +275,31 @@ def test_walltimes_end_and_nobody_notices_where_there_is_room_for_a_successor(
     assert 3 * target <= starts <= 8 * target, f"{starts} starts for {target} replicas in three walltimes"
 
 
+@ALIKE
+@given(
+    target=st.integers(2, 4),
+    more=st.integers(0, 1),
+    at=st.integers(60, 110),
+    is_roll=st.booleans(),
+    seed=SEEDS,
+)
+def test_a_roll_or_a_drained_node_costs_nothing_while_walltimes_end_where_there_is_room_for_all(
+    target: int, more: int, at: int, is_roll: bool, seed: int
+) -> None:
+    rng = Random(seed)
+    spec = a_spec(max_replicas=target + more, surge=target, **SHORT)
+    world = SmallWorld(a_set(target, spec=spec), has_walltimes=True)
+    settles(world, rng)
+    for tick in range(at + TICKS_OF_THREE_WALLTIMES // 2):
+        if tick == at and is_roll:
+            world.apply(replace(spec, vllm=replace(spec.vllm, image="two.sif")))
+        elif tick == at:
+            world.drain_node("n0")
+        world.calm_tick(rng)
+        assert world.serving() >= target, world.described()
+    assert world.cut_by_walltimes == 0
+
+
 # --- alerts ------------------------------------------------------------------------------------------------
 
 STALE_AFTER = timedelta(minutes=15)
