@@ -142,8 +142,10 @@ async def test_marks_follow_what_is_due_and_an_operators_clearance_is_not_undone
     [mark] = await nodes.load(db)
     assert (mark.is_active, mark.cleared_by) == (False, "ann")
     assert await nodes.follow(db, due(), actor="r", now=LATER) == [], "nobody needs to hear of it again"
-    assert await nodes.load(db) == ()
-    await nodes.follow(db, due(drain_alert()), actor="r", now=LATER)
+    assert await nodes.follow(db, due(drain_alert()), actor="r", now=LATER) == [], "it had only not been heard of"
+    assert await nodes.load(db) == (mark,)
+    newer = replace(drain_alert(), starts_at=LATER + timedelta(seconds=1))
+    await nodes.follow(db, due(newer), actor="r", now=LATER)
     assert await nodes.follow(db, due(), actor="r", now=LATER) == ["node n1 is let in again: Xid is firing"]
     events = [row["event"] for row in await nodes.load_history(db, "n1")]
     assert events == ["ended", "kept_out", "cleared", "kept_out"]

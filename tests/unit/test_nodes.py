@@ -133,7 +133,11 @@ def test_an_operators_clearance_holds_against_the_alert_that_fires_and_not_again
     again = due(cleared, alerts=[firing, later], now=NOW + timedelta(seconds=9))["n1", ALERT]
     assert again.is_active
     assert again.actor == "alert grafana/1/g"
-    assert due(cleared) == {}, "once it has resolved there is nothing to remember"
+    stale = due(cleared)
+    assert stale == {("n1", ALERT): cleared}, "it may only not have been heard of"
+    assert due(*stale.values(), alerts=[firing], now=NOW + timedelta(hours=1)) == stale
+    assert due(*stale.values(), alerts=[later], now=NOW + timedelta(hours=1))["n1", ALERT].is_active
+    assert due(cleared, now=NOW + RULES.memory) == {}
 
 
 def test_an_operators_mark_stays_until_its_time() -> None:
