@@ -97,7 +97,7 @@ class Nodes:
         last_nodes: Mapping[str, str],
         now: datetime,
     ) -> dict[str, datetime]:
-        """Which replicas run on a node that is drained, by name, and since when it is.
+        """Which replicas run on a node that is drained, if only on one of several; by name, and since when it is.
 
         `last_nodes`: where those ran of which no job is seen now. They are to leave as before, but their time to wait
         for a successor does not pass meanwhile: none can start. What leaves already goes on to as long as it is not
@@ -113,10 +113,10 @@ class Nodes:
         found: dict[str, datetime] = {}
         for one in replicas:
             job = jobs.get(one.name)
-            if job is not None and (node := job.nodes or job.batch_host) in since:
-                found[one.name] = since[node] if is_known else now
-            elif job is None and last_nodes.get(one.name) in since:
-                found[one.name] = now
+            where = last_nodes.get(one.name, "") if job is None else job.nodes or job.batch_host
+            drained = [since[node] for node in expand(where) or () if node in since]
+            if drained:
+                found[one.name] = now if job is None or not is_known else min(drained)
             elif one.reason is Reason.NODE_DRAINED and (job is None or not is_known):
                 found[one.name] = one.phase_since
         return found

@@ -231,14 +231,15 @@ async def test_the_port_rests_also_if_the_node_failed_while_the_replica_left_for
         await replicas.create(db, a, port=leaving.port, secret="x" * 32, actor="t", now=LATER)
 
 
-async def test_a_successor_is_made_beside_the_one_that_it_succeeds_and_no_more(db: Database) -> None:
+@pytest.mark.parametrize("where", ["n1", "n[1-2]", "n1,m1"])
+async def test_a_successor_is_made_beside_the_one_that_it_succeeds_and_no_more(db: Database, where: str) -> None:
     a = await make_set(db, max_replicas=1, surge=1)
     first = await make_replica(db, a, Phase.RUNNING)
 
     async def create(port: int, *beside: str) -> Replica:
         return await replicas.create(db, a, port=port, secret="x" * 32, actor="t", now=NOW, beside=beside)
 
-    await slurm_jobs.record(db, [(first.id, a_job(first, JobState.RUNNING, "n1"))], NOW)
+    await slurm_jobs.record(db, [(first.id, a_job(first, JobState.RUNNING, where))], NOW)
     with pytest.raises(Stale):
         await create(31000, first.name)  # its node is drained no more
     await nodes.drain(db, "n1", actor="ann", now=NOW)

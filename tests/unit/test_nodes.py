@@ -325,6 +325,14 @@ def test_what_is_to_leave_its_node_stays_so_while_slurm_is_not_seen_and_its_time
     assert vacates(seen(a_mark("n1")), live, {RUNNING.name: a_job(RUNNING, JobState.PENDING)}, last) == {}, "requeued"
 
 
+def test_what_runs_on_several_nodes_leaves_when_one_of_them_is_drained() -> None:
+    marks = a_mark("n1"), a_mark("n3", since=ago(90)), a_mark("n4", since=ago(120))
+    jobs = {RUNNING.name: a_job(RUNNING, JobState.RUNNING, nodes="n[1-3]", batch_host="n1")}
+    assert vacates(seen(*marks), [RUNNING], jobs) == {RUNNING.name: ago(90)}
+    assert vacates(seen(*marks), [RUNNING], {}, {RUNNING.name: "n[1-2]"}) == {RUNNING.name: NOW}
+    assert vacates(seen(marks[2]), [RUNNING], jobs) == {}
+
+
 def test_none_is_let_go_as_one_too_many_while_nobody_can_tell_whether_its_node_is_drained() -> None:
     excess: list[Action] = [Move(QUEUED, Phase.STOPPING, reason=Reason.SCALED_DOWN)]
     assert seen(a_mark("n1", ALERT), known=None).allowed(excess, SETS) == []
