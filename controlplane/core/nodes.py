@@ -6,8 +6,9 @@ failed to start there in a row while others of the same spec started elsewhere; 
 strike. The first two also drain what runs there; the third only keeps new jobs off.
 
 Marks are derived anew every round from what is known, so a crash loses none. What an operator cleared stays cleared:
-the same alert, or the same failures, do not bring it back. Operators are obeyed; marks that machines made keep at most
-a share of a partition's usable nodes out, oldest alerts first, and what exceeds it is spared and told.
+the same alert, even if it was not heard of for a while, or the same failures, do not bring it back. Operators are
+obeyed; marks that machines made keep at most a share of a partition's usable nodes out, oldest alerts first, and what
+exceeds it is spared and told.
 """
 
 from __future__ import annotations
@@ -177,6 +178,9 @@ def due_marks(
     for node, alerts in by_node.items():
         key = (node, NodeCause.ALERT)
         due[key] = _alert_mark(node, alerts, before.get(key), now)
+    for key, mark in before.items():  # an alert may go stale and be confirmed again
+        if key[1] is NodeCause.ALERT and key not in due and _is_remembered(mark, now, rules):
+            due[key] = mark
     cleared = {
         mark.node: mark.cleared_at
         for mark in before.values()
@@ -190,14 +194,19 @@ def due_marks(
         due[key] = NodeMark(
             node, NodeCause.FAILURES, RECONCILER, suspicion.reason, since, suspicion.until, suspicion.strikes
         )
-    for node, cleared_at in cleared.items():
-        if node not in suspected and now < cleared_at + rules.memory:
-            due[node, NodeCause.FAILURES] = before[node, NodeCause.FAILURES]
+    for node in cleared.keys() - suspected.keys():
+        key = (node, NodeCause.FAILURES)
+        if _is_remembered(before[key], now, rules):
+            due[key] = before[key]
     return due
 
 
 def _is_wanted(mark: NodeMark, now: datetime) -> bool:
     return mark.is_active and (mark.until is None or now < mark.until)
+
+
+def _is_remembered(mark: NodeMark, now: datetime, rules: NodeRules) -> bool:
+    return mark.cleared_at is not None and now < mark.cleared_at + rules.memory
 
 
 def _alert_mark(node: str, alerts: Sequence[Alert], old: NodeMark | None, now: datetime) -> NodeMark:

@@ -106,7 +106,7 @@ async def create(
     """Add one PENDING replica. Raises Duplicate (the port is taken), Stale (no further one is wanted any more).
 
     `beside`: replicas of the set that are to leave their nodes for it; they do not count against the desired ones, as
-    long as those nodes are drained still.
+    long as those nodes are drained still. Of one on several nodes it suffices here that any node is.
     `succeeds`: a running replica's id. Of it and its successor only the one counts, and it has one at most.
     The set's row is locked meanwhile, so that two control planes cannot both make the last one that is missing.
     """
@@ -127,7 +127,7 @@ async def create(
                    AND (SELECT count(*) FROM replicas r
                          WHERE r.replica_set = s.name AND r.spec_hash = s.spec_hash AND r.phase = ANY (%(existing)s)
                            AND NOT (r.name = ANY (%(beside)s) AND EXISTS (
-                                   SELECT FROM slurm_jobs j JOIN nodes n ON n.node = j.nodes
+                                   SELECT FROM slurm_jobs j JOIN nodes n ON n.node = j.nodes OR j.nodes ~ '[[,]'
                                     WHERE j.replica_id = r.id AND j.job_id = r.slurm_job_id
                                       AND n.cause <> 'failures' AND n.cleared_at IS NULL))
                            AND r.id IS DISTINCT FROM %(succeeds)s

@@ -69,6 +69,17 @@ async def load_ends(db: Database) -> dict[str, datetime]:
         return {row["name"]: row["ends_at"] for row in await cursor.fetchall()}
 
 
+async def load_nodes(db: Database) -> dict[str, str]:
+    """Where live replicas' jobs ran when Slurm last told, by replica name, as Slurm writes it."""
+    async with db.connection() as connection:
+        cursor = await connection.execute(
+            "SELECT r.name, j.nodes "
+            "FROM slurm_jobs j JOIN replicas r ON r.id = j.replica_id AND r.slurm_job_id = j.job_id "
+            "WHERE r.phase <> 'ENDED' AND j.nodes <> ''"
+        )
+        return {row["name"]: row["nodes"] for row in await cursor.fetchall()}
+
+
 async def load_pending(db: Database) -> list[PendingJob]:
     async with db.connection() as connection:
         cursor = await connection.execute(

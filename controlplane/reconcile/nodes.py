@@ -3,8 +3,9 @@
 Marks follow alerts, failures and operators' words; Slurm is asked for its nodes only while there are marks, and not in
 every round. Without its answer nothing is known of nodes: drains go on as far as they are operators', no job is
 submitted or released for a set that an operator or an alert wants kept off some node, and one that only failures speak
-against is submitted unrestricted. Jobs that wait are told of nodes that are kept out, or let in, after they were
-submitted.
+against is submitted unrestricted. What was known before, of nodes and of where jobs run, still says which replicas are
+to leave theirs: otherwise each would count beside its successor as one too many. Jobs that wait are told of nodes that
+are kept out, or let in, after they were submitted.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from controlplane.core.types import (
     Create,
     Exclude,
     JobState,
+    Move,
     Phase,
     Reason,
     Release,
@@ -47,6 +49,7 @@ from controlplane.slurm.client import SlurmClient
 from controlplane.slurm.errors import SlurmError
 
 ACTOR = "reconciler"
+_ALERT = NodeCause.ALERT
 _NODES_GOOD_FOR = timedelta(seconds=30)
 
 
@@ -56,6 +59,7 @@ class Nodes:
 
     marks: tuple[NodeMark, ...] = ()
     known: tuple[SlurmNode, ...] | None = None
+    last_known: tuple[SlurmNode, ...] | None = None  # earlier, by this process; good enough for what runs already
     rules: NodeRules = field(default_factory=NodeRules)
     problem: str | None = None  # why they are not known
     changes: tuple[str, ...] = ()  # in words, for the round's sentence
@@ -69,18 +73,38 @@ class Nodes:
             return KeptOut()
         if self.known is None:
             return None if any(mark.drains for mark in self.marks) else KeptOut()
+        return self._find(resources, self.known)
+
+    def _find(self, resources: SlurmResources, known: tuple[SlurmNode, ...]) -> KeptOut:
         if resources not in self._found:  # a cluster may have thousands of nodes
-            self._found[resources] = kept_out(self.marks, self.known, resources, rules=self.rules)
+            self._found[resources] = kept_out(self.marks, known, resources, rules=self.rules)
         return self._found[resources]
 
-    def to_vacate(
-        self, replica_set: ReplicaSet, replicas: Iterable[Replica], jobs: Mapping[str, SlurmJob]
-    ) -> dict[str, datetime]:
-        """Which replicas run on a node that is drained, by name, and since when it is.
+    def _last_kept_out(self, replica_set: ReplicaSet) -> KeptOut | None:
+        """As far as is known, now or from before. None: nobody can tell if an alert's drain is in force."""
+        resources, known = replica_set.spec.slurm, self.known if self.known is not None else self.last_known
+        if resources is None or known is None:
+            is_unknown = resources is not None and any(mark.drains and mark.cause is _ALERT for mark in self.marks)
+            return None if is_unknown else KeptOut()
+        return self._find(resources, known)
 
-        What leaves already goes on to as long as it is not known that it need not.
+    def to_vacate(
+        self,
+        replica_set: ReplicaSet,
+        replicas: Iterable[Replica],
+        jobs: Mapping[str, SlurmJob],
+        *,
+        last_nodes: Mapping[str, str],
+        now: datetime,
+    ) -> dict[str, datetime]:
+        """Which replicas run on a node that is drained, if only on one of several; by name, and since when it is.
+
+        `last_nodes`: where those ran of which no job is seen now. They are to leave as before, but their time to wait
+        for a successor does not pass meanwhile: none can start. What leaves already goes on to as long as it is not
+        known that it need not.
         """
-        out = self.kept_out(replica_set)
+        out = self._last_kept_out(replica_set)
+        is_known = self.kept_out(replica_set) is not None
         since: dict[str, datetime] = {}
         for mark in self.marks:
             is_in_force = mark.cause is NodeCause.OPERATOR or (out is not None and mark.node in out.nodes)
@@ -89,21 +113,28 @@ class Nodes:
         found: dict[str, datetime] = {}
         for one in replicas:
             job = jobs.get(one.name)
-            if job is not None and (node := job.nodes or job.batch_host) in since:
-                found[one.name] = since[node]
-            elif one.reason is Reason.NODE_DRAINED and (job is None or out is None):
+            where = last_nodes.get(one.name, "") if job is None else job.nodes or job.batch_host
+            drained = [since[node] for node in expand(where) or () if node in since]
+            if drained:
+                found[one.name] = now if job is None or not is_known else min(drained)
+            elif one.reason is Reason.NODE_DRAINED and (job is None or not is_known):
                 found[one.name] = one.phase_since
         return found
 
     def allowed(self, actions: Iterable[Action], sets: Mapping[str, ReplicaSet]) -> list[Action]:
-        """The actions, without submits and releases that could land on a node to be left alone, or nowhere at all."""
+        """The actions, without submits and releases that could land on a node to be left alone, or nowhere at all.
+
+        Where nobody can tell whether an alert's drain is in force, none is let go as one too many either.
+        """
         out = {name: self.kept_out(one) for name, one in sets.items()}
         unknown = {name for name, one in out.items() if one is None}
         withheld = unknown | {name for name, one in out.items() if one is not None and one.leaves_none and self.marks}
+        uncounted = {one.name for one in sets.values() if one.desired_replicas and self._last_kept_out(one) is None}
         return [
             action
             for action in actions
-            if not (isinstance(action, Create) and action.replica_set in withheld)
+            if not (isinstance(action, Move) and _is_excess(action) and action.replica.replica_set in uncounted)
+            and not (isinstance(action, Create) and action.replica_set in withheld)
             and not (isinstance(action, Submit) and action.replica.replica_set in withheld)
             and not (isinstance(action, Release) and action.replica.replica_set in unknown)
         ]
@@ -154,6 +185,10 @@ class Nodes:
         return reports
 
 
+def _is_excess(step: Move) -> bool:
+    return step.reason is Reason.SCALED_DOWN and step.replica.exists
+
+
 class NodeKeeper:
     """Keeps the marks as they are due. Safe to run from several processes."""
 
@@ -184,7 +219,8 @@ class NodeKeeper:
         )
         marks = tuple(mark for mark in await nodes.load(self._db) if mark.is_active)
         known, problem = await self._nodes(now) if marks and may_ask else (None, None)
-        return Nodes(marks, known, self._rules, problem, tuple(changes), tuple(sorted(strange)))
+        last_known = None if self._known is None else self._known[0]
+        return Nodes(marks, known, last_known, self._rules, problem, tuple(changes), tuple(sorted(strange)))
 
     async def _nodes(self, now: datetime) -> tuple[tuple[SlurmNode, ...] | None, str | None]:
         if self._known is not None and now - self._known[1] < _NODES_GOOD_FOR:
@@ -192,7 +228,6 @@ class NodeKeeper:
         try:
             found = await self._slurm.list_nodes()
         except SlurmError as error:
-            self._known = None
             return None, f"{type(error).__name__}: {error}"
         self._known = (found, now)
         return found, None

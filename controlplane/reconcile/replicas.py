@@ -85,6 +85,7 @@ class World:
     loaded_at: datetime  # when the replicas had been read: what they say was written by then
     names: frozenset[str] = frozenset()  # of all replicas that were live
     ends_at: dict[str, datetime] = field(default_factory=dict)  # their walltimes' ends, as Slurm told before
+    last_nodes: dict[str, str] = field(default_factory=dict)  # where their jobs ran, as Slurm told before
     forgiven: dict[str, datetime] = field(default_factory=dict)  # sets whose failures an operator forgave, and when
     outrun: set[str] = field(default_factory=set)  # sets of which somebody else has moved a replica meanwhile
 
@@ -146,7 +147,7 @@ class ReplicaLoop:
         for replica_set in world.sets.values():
             if replica_set.spec.slurm is not None and replica_set.name not in world.outrun:
                 closing = self._reservations.calendar.closing(replica_set.spec.slurm, now)
-                scene = _scene(world, replica_set, jobs, pressing[replica_set.name], seen, closing)
+                scene = _scene(world, replica_set, jobs, pressing[replica_set.name], seen, closing, now)
                 actions += plan(scene, now=now, rules=self._options.rules)
                 pauses[replica_set.name] = back_off(scene, self._options.rules)
         await back_offs.record(self._db, pauses, now=now)
@@ -169,9 +170,10 @@ class ReplicaLoop:
         since = now - self._options.stale_after - timedelta(seconds=longest_window)
         names = frozenset(one.name for one in live)
         ends_at = await slurm_jobs.load_ends(self._db)
+        last_nodes = await slurm_jobs.load_nodes(self._db)
         forgiven = await back_offs.load_forgiven(self._db)
         heard = await alerts.load_since(self._db, since)
-        return World(sets, live, seen, past, heard, loaded_at, names, ends_at, forgiven)
+        return World(sets, live, seen, past, heard, loaded_at, names, ends_at, last_nodes, forgiven)
 
     async def _load_past(self) -> dict[str, list[PastReplica]]:
         past: dict[str, list[PastReplica]] = defaultdict(list)
@@ -232,7 +234,7 @@ class ReplicaLoop:
         return reports
 
     def _back_off(self, world: World, replica_set: ReplicaSet) -> BackOff | None:
-        return back_off(_scene(world, replica_set, {}, Pressure(), Nodes()), self._options.rules)
+        return back_off(_scene(world, replica_set, {}, Pressure(), Nodes(), None, world.loaded_at), self._options.rules)
 
     async def _observe(self, now: datetime) -> JobList | Unknown:
         try:
@@ -348,7 +350,8 @@ def _scene(
     jobs: dict[str, SlurmJob],
     pressure: Pressure,
     seen: Nodes,
-    closing: Closing | None = None,
+    closing: Closing | None,
+    now: datetime,
 ) -> Scene:
     own = tuple(one for one in world.replicas if one.replica_set == replica_set.name)
     return Scene(
@@ -358,7 +361,7 @@ def _scene(
         past=tuple(world.past.get(replica_set.name, ())),
         ends_at=world.ends_at | {name: job.ends_at for name, job in jobs.items() if job.ends_at is not None},
         to_replace=frozenset(alert.labels["replica"] for alert in pressure.replace),
-        to_vacate=seen.to_vacate(replica_set, own, jobs),
+        to_vacate=seen.to_vacate(replica_set, own, jobs, last_nodes=world.last_nodes, now=now),
         forgiven_at=world.forgiven.get(replica_set.name),
         closing=closing,
     )

@@ -9,16 +9,21 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
+from random import Random
+from typing import cast
 
 import pytest
+from prometheus_client import CollectorRegistry
 from typer.testing import CliRunner
 
 from controlplane.cli import cli
 from controlplane.core.back_off import BackOff
-from controlplane.core.nodes import NodeCause, NodeMark, NodeRules, due_marks
+from controlplane.core.nodes import NodeCause, NodeMark, NodeRules, SlurmNode, due_marks
+from controlplane.core.reservations import Calendar
 from controlplane.core.types import (
     Alert,
     AlertAction,
+    JobList,
     JobState,
     Move,
     PastReplica,
@@ -32,6 +37,7 @@ from controlplane.db import (
     Database,
     Duplicate,
     Stale,
+    alerts,
     back_offs,
     decisions,
     endpoints,
@@ -41,9 +47,15 @@ from controlplane.db import (
     replicas,
     slurm_jobs,
 )
+from controlplane.metrics import ControlPlaneMetrics
+from controlplane.reconcile.actions import ActionOptions, Actor
 from controlplane.reconcile.job_logs import JobLogLoop, JobLogOptions, log_path
+from controlplane.reconcile.replicas import ReplicaLoop, ReplicaOptions
+from controlplane.slurm.client import SlurmClient
+from controlplane.slurm.errors import SlurmUnreachable
+from controlplane.slurm.script import ScriptOptions
 from tests.conftest import eventually
-from tests.integration.db_rows import NOW, make_replica, make_set, opened, slurm_spec
+from tests.integration.db_rows import NOW, make_ready, make_replica, make_set, opened, slurm_spec, to
 from tests.integration.web_rig import WebRig
 
 LATER = NOW + timedelta(minutes=1)
@@ -130,8 +142,10 @@ async def test_marks_follow_what_is_due_and_an_operators_clearance_is_not_undone
     [mark] = await nodes.load(db)
     assert (mark.is_active, mark.cleared_by) == (False, "ann")
     assert await nodes.follow(db, due(), actor="r", now=LATER) == [], "nobody needs to hear of it again"
-    assert await nodes.load(db) == ()
-    await nodes.follow(db, due(drain_alert()), actor="r", now=LATER)
+    assert await nodes.follow(db, due(drain_alert()), actor="r", now=LATER) == [], "it had only not been heard of"
+    assert await nodes.load(db) == (mark,)
+    newer = replace(drain_alert(), starts_at=LATER + timedelta(seconds=1))
+    await nodes.follow(db, due(newer), actor="r", now=LATER)
     assert await nodes.follow(db, due(), actor="r", now=LATER) == ["node n1 is let in again: Xid is firing"]
     events = [row["event"] for row in await nodes.load_history(db, "n1")]
     assert events == ["ended", "kept_out", "cleared", "kept_out"]
@@ -217,14 +231,15 @@ async def test_the_port_rests_also_if_the_node_failed_while_the_replica_left_for
         await replicas.create(db, a, port=leaving.port, secret="x" * 32, actor="t", now=LATER)
 
 
-async def test_a_successor_is_made_beside_the_one_that_it_succeeds_and_no_more(db: Database) -> None:
+@pytest.mark.parametrize("where", ["n1", "n[1-2]", "n1,m1"])
+async def test_a_successor_is_made_beside_the_one_that_it_succeeds_and_no_more(db: Database, where: str) -> None:
     a = await make_set(db, max_replicas=1, surge=1)
     first = await make_replica(db, a, Phase.RUNNING)
 
     async def create(port: int, *beside: str) -> Replica:
         return await replicas.create(db, a, port=port, secret="x" * 32, actor="t", now=NOW, beside=beside)
 
-    await slurm_jobs.record(db, [(first.id, a_job(first, JobState.RUNNING, "n1"))], NOW)
+    await slurm_jobs.record(db, [(first.id, a_job(first, JobState.RUNNING, where))], NOW)
     with pytest.raises(Stale):
         await create(31000, first.name)  # its node is drained no more
     await nodes.drain(db, "n1", actor="ann", now=NOW)
@@ -235,6 +250,73 @@ async def test_a_successor_is_made_beside_the_one_that_it_succeeds_and_no_more(d
         await create(31001, first.name)
     with pytest.raises(Stale):
         await create(31001, first.name, second.name)  # no more than max and surge live, whatever is said
+
+
+class HalfBlindSlurm:
+    """Answers with its jobs and nodes, or not."""
+
+    submit_grace = timedelta(seconds=120)
+
+    def __init__(self, *jobs: SlurmJob) -> None:
+        self._jobs = jobs
+        self.answers_jobs = self.answers_nodes = True
+
+    async def list_jobs(self, now: datetime) -> JobList:
+        if not self.answers_jobs:
+            raise SlurmUnreachable("refused")
+        return JobList(self._jobs, now)
+
+    async def list_nodes(self) -> tuple[SlurmNode, ...]:
+        if not self.answers_nodes:
+            raise SlurmUnreachable("refused")
+        return tuple(SlurmNode(f"n{number}", frozenset({"p"}), frozenset(), True) for number in range(1, 5))
+
+    async def calendar(self) -> Calendar:
+        return Calendar()
+
+
+@pytest.mark.parametrize("cause", [NodeCause.OPERATOR, NodeCause.ALERT])
+@pytest.mark.parametrize("is_restarted", [False, True])
+@pytest.mark.parametrize(("answers_jobs", "answers_nodes"), [(False, True), (True, False), (False, False)])
+async def test_an_unanswered_call_lets_no_successor_go(
+    db: Database, cause: NodeCause, is_restarted: bool, answers_jobs: bool, answers_nodes: bool
+) -> None:
+    a = await make_set(db, max_replicas=1, surge=1)
+    old = await make_replica(db, a, Phase.RUNNING)
+    await make_ready(db, old, "http://n1:1", ends_at=NOW + timedelta(days=1))
+    if cause is NodeCause.OPERATOR:
+        await nodes.drain(db, "n1", actor="ann", now=NOW)
+    else:
+        await alerts.refresh(db, "grafana", 1, [drain_alert()], now=NOW)
+        await nodes.follow(db, due(drain_alert()), actor="r", now=NOW)
+    runs = replace(a_job(old, JobState.RUNNING, "n1"), ends_at=NOW + timedelta(days=1), started_at=NOW)
+    await slurm_jobs.record(db, [(old.id, runs)], NOW)
+    fresh = await replicas.create(db, a, port=31000, secret="x" * 32, actor="t", now=NOW, beside=[old.name])
+    for phase in (Phase.SUBMITTING, Phase.QUEUED):
+        fresh = await replicas.move(db, to(fresh, phase), actor="t", now=NOW)
+    waits = replace(a_job(fresh, JobState.PENDING, ""), is_held=False, excluded_nodes="n1")
+    slurm = HalfBlindSlurm(runs, waits)
+
+    def made() -> ReplicaLoop:
+        client = cast("SlurmClient", slurm)
+        actor = Actor(db, client, ActionOptions(Path("/"), ScriptOptions(), "us"), lambda: NOW, Random(1))
+        metrics = ControlPlaneMetrics(CollectorRegistry())
+        return ReplicaLoop(db, client, actor, ReplicaOptions("us"), metrics, lambda: NOW)
+
+    async def phases() -> dict[str, Phase]:
+        return {one.name: one.phase for one in await replicas.load_live(db)}
+
+    both = {old.name: Phase.RUNNING, fresh.name: Phase.QUEUED}
+    loop = made()
+    await loop.run_once(NOW)
+    assert await phases() == both
+    slurm.answers_jobs, slurm.answers_nodes = answers_jobs, answers_nodes
+    loop = made() if is_restarted else loop
+    await loop.run_once(NOW + timedelta(seconds=40))
+    assert await phases() == both
+    slurm.answers_jobs = slurm.answers_nodes = True
+    await loop.run_once(NOW + timedelta(seconds=80))
+    assert await phases() == both
 
 
 # --- back-offs -------------------------------------------------------------------------------------------------

@@ -79,6 +79,7 @@ class SmallWorld:
         self.strange: set[int] = set()  # jobs that Slurm shows in a state of which nobody has heard
         self.frozen: set[int] = set()  # jobs whose engine answers no more
         self.in_flight: dict[str, int] = {}  # requests, by replica name
+        self.last_jobs: dict[str, SlurmJob] = {}  # as Slurm last showed them, by replica name
         self.drained: dict[str, datetime] = {}  # nodes that jobs are kept off, since when
         self.late: list[str] = []  # names for which a job may still be made
         self.asleep: list[list[Action]] = []  # decided by processes that have not acted yet
@@ -154,7 +155,7 @@ class SmallWorld:
                 replica = after
             job = job_of(replica, listed.jobs)
             if job is not None and replica.phase is not Phase.ENDED:
-                jobs[replica.name] = job
+                jobs[replica.name] = self.last_jobs[replica.name] = job
                 self._find_endpoint(replica, job)
         return jobs
 
@@ -199,15 +200,21 @@ class SmallWorld:
         )
 
     def _to_vacate(self) -> dict[str, datetime]:
-        """Where Slurm is not seen, what left a drained node goes on to, and nobody else begins."""
+        """Where Slurm is not seen, what it last showed counts, but nobody's time to wait for a successor passes."""
         found: dict[str, datetime] = {}
         for one in self.live():
             job = None if self.is_blind else job_of(one, self._shown())
             if job is not None and job.nodes in self.drained:
                 found[one.name] = self.drained[job.nodes]
+            elif job is None and self._last_node(one) in self.drained:
+                found[one.name] = self.now
             elif job is None and one.reason is Reason.NODE_DRAINED:
                 found[one.name] = one.phase_since
         return found
+
+    def _last_node(self, replica: Replica) -> str | None:
+        job = self.last_jobs.get(replica.name)
+        return job.nodes if job is not None and job.job_id == replica.slurm_job_id else None
 
     def _carry_out(self, actions: Iterable[Action]) -> None:
         calls: list[Submit | Release | CancelJob] = []
@@ -548,6 +555,16 @@ class SmallWorld:
             assert live + creates <= wanted.max_replicas + wanted.spec.surge, "more would live than max and surge"
         if creates or returns:
             assert stays + creates + returns <= wanted.max_replicas, "more would exist than max"
+        if self.is_blind:
+            fit = {
+                one.id
+                for one in self.live()
+                if one.exists and one.spec_hash == wanted.spec_hash and self._last_node(one) not in self.drained
+            }
+            excess = fit & {
+                one.replica.id for one in actions if isinstance(one, Move) and one.reason is Reason.SCALED_DOWN
+            }
+            assert len(fit) - len(excess) >= min(len(fit), self.scene().target), "blindness made them too many"
         for action in actions:
             if isinstance(action, Move) and action.reason in (Reason.START_TIMEOUT, Reason.UNHEALTHY):
                 assert self.endpoints[action.replica.name].fails, f"{action.replica.name} was given up unseen"

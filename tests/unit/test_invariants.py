@@ -300,6 +300,27 @@ def test_a_roll_or_a_drained_node_costs_nothing_while_walltimes_end_where_there_
     assert world.cut_by_walltimes == 0
 
 
+@ALIKE
+@given(seed=SEEDS, ticks=st.integers(0, 12), blind=st.integers(1, 3))
+def test_blindness_lets_nobody_go_while_a_node_is_drained(seed: int, ticks: int, blind: int) -> None:
+    """However far the successor is."""
+    rng = Random(seed)
+    world = SmallWorld(a_set(1, spec=a_spec(max_replicas=2, surge=1)))
+    settles(world, rng)
+    world.drain_node("n0")
+    for _ in range(1 + ticks):
+        world.calm_tick(rng)
+    world.is_blind = True
+    for _ in range(blind):
+        world.pass_seconds(700)
+        world.probe()
+        world.round(rng)
+        assert world.serving() == 1, world.described()
+    world.becomes_quiet()
+    settles(world, rng)
+    assert len(world.replicas) == 2, "one successor is enough"
+
+
 # --- alerts ------------------------------------------------------------------------------------------------
 
 STALE_AFTER = timedelta(minutes=15)

@@ -30,9 +30,12 @@ from controlplane.core.types import (
     Create,
     Exclude,
     JobState,
+    Move,
     Phase,
     Reason,
+    Replica,
     Report,
+    SlurmJob,
     SlurmResources,
     Submit,
 )
@@ -130,7 +133,11 @@ def test_an_operators_clearance_holds_against_the_alert_that_fires_and_not_again
     again = due(cleared, alerts=[firing, later], now=NOW + timedelta(seconds=9))["n1", ALERT]
     assert again.is_active
     assert again.actor == "alert grafana/1/g"
-    assert due(cleared) == {}, "once it has resolved there is nothing to remember"
+    stale = due(cleared)
+    assert stale == {("n1", ALERT): cleared}, "it may only not have been heard of"
+    assert due(*stale.values(), alerts=[firing], now=NOW + timedelta(hours=1)) == stale
+    assert due(*stale.values(), alerts=[later], now=NOW + timedelta(hours=1))["n1", ALERT].is_active
+    assert due(cleared, now=NOW + RULES.memory) == {}
 
 
 def test_an_operators_mark_stays_until_its_time() -> None:
@@ -286,27 +293,62 @@ JOBS = {
 }
 
 
-def seen(*marks: NodeMark, known: list[SlurmNode] | None = FOUR) -> Nodes:
-    return Nodes(marks, None if known is None else tuple(known), problem=None if known is not None else "refused")
+def seen(*marks: NodeMark, known: list[SlurmNode] | None = FOUR, before: list[SlurmNode] | None = None) -> Nodes:
+    whole = Nodes(marks, None if known is None else tuple(known), None if before is None else tuple(before))
+    return replace(whole, problem=None if known is not None else "refused")
+
+
+def vacates(
+    view: Nodes, live: list[Replica], jobs: dict[str, SlurmJob], last: dict[str, str] | None = None
+) -> dict[str, datetime]:
+    return view.to_vacate(SET, live, jobs, last_nodes=last or {}, now=NOW)
 
 
 def test_what_runs_on_a_drained_node_leaves_it_and_on_one_that_failed_it_stays() -> None:
     live = [RUNNING, QUEUED]
-    assert seen(a_mark("n1")).to_vacate(SET, live, JOBS) == {RUNNING.name: ago(60)}
-    assert seen(a_mark("n1", ALERT)).to_vacate(SET, live, JOBS) == {RUNNING.name: ago(60)}
-    assert seen(a_mark("n1", FAILURES)).to_vacate(SET, live, JOBS) == {}
-    assert seen(a_mark("n1", ALERT), known=FOUR[:1]).to_vacate(SET, live, JOBS) == {}, "the bound spared it"
-    assert seen(a_mark("n1"), known=None).to_vacate(SET, live, JOBS) == {RUNNING.name: ago(60)}
-    assert seen(a_mark("n1", ALERT), known=None).to_vacate(SET, live, JOBS) == {}, "nothing is known of the bound"
+    assert vacates(seen(a_mark("n1")), live, JOBS) == {RUNNING.name: ago(60)}
+    assert vacates(seen(a_mark("n1", ALERT)), live, JOBS) == {RUNNING.name: ago(60)}
+    assert vacates(seen(a_mark("n1", FAILURES)), live, JOBS) == {}
+    assert vacates(seen(a_mark("n1", ALERT), known=FOUR[:1]), live, JOBS) == {}, "the bound spared it"
+    assert vacates(seen(a_mark("n1", ALERT), known=None), live, JOBS) == {}, "nothing is known of the bound"
+
+
+def test_what_is_to_leave_its_node_stays_so_while_slurm_is_not_seen_and_its_time_does_not_pass() -> None:
+    live, last = [RUNNING, QUEUED], {RUNNING.name: "n1"}
+    is_to_leave = {RUNNING.name: NOW}
+    assert vacates(seen(a_mark("n1")), live, {}, last) == is_to_leave
+    assert vacates(seen(a_mark("n1"), known=None), live, {}, last) == is_to_leave
+    assert vacates(seen(a_mark("n1"), known=None), live, JOBS) == is_to_leave
+    assert vacates(seen(a_mark("n1", ALERT), known=None, before=FOUR), live, JOBS) == is_to_leave
+    assert vacates(seen(a_mark("n1", ALERT), known=None, before=FOUR), live, {}, last) == is_to_leave
+    assert vacates(seen(a_mark("n1", ALERT), known=None, before=FOUR[:1]), live, JOBS) == {}, "the bound spared it"
+    assert vacates(seen(a_mark("n1")), live, {RUNNING.name: a_job(RUNNING, JobState.PENDING)}, last) == {}, "requeued"
+
+
+def test_what_runs_on_several_nodes_leaves_when_one_of_them_is_drained() -> None:
+    marks = a_mark("n1"), a_mark("n3", since=ago(90)), a_mark("n4", since=ago(120))
+    jobs = {RUNNING.name: a_job(RUNNING, JobState.RUNNING, nodes="n[1-3]", batch_host="n1")}
+    assert vacates(seen(*marks), [RUNNING], jobs) == {RUNNING.name: ago(90)}
+    assert vacates(seen(*marks), [RUNNING], {}, {RUNNING.name: "n[1-2]"}) == {RUNNING.name: NOW}
+    assert vacates(seen(marks[2]), [RUNNING], jobs) == {}
+
+
+def test_none_is_let_go_as_one_too_many_while_nobody_can_tell_whether_its_node_is_drained() -> None:
+    excess: list[Action] = [Move(QUEUED, Phase.STOPPING, reason=Reason.SCALED_DOWN)]
+    assert seen(a_mark("n1", ALERT), known=None).allowed(excess, SETS) == []
+    assert seen(a_mark("n1", ALERT), known=None, before=FOUR).allowed(excess, SETS) == excess
+    assert seen(a_mark("n1"), known=None).allowed(excess, SETS) == excess
+    to_none = {name: replace(one, desired_replicas=0) for name, one in SETS.items()}
+    assert seen(a_mark("n1", ALERT), known=None).allowed(excess, to_none) == excess
 
 
 def test_what_leaves_a_drained_node_goes_on_to_while_slurm_is_not_seen() -> None:
     leaving = a_replica(1, Phase.DRAINING, reason=Reason.NODE_DRAINED)
     still = {leaving.name: leaving.phase_since}
-    assert seen(a_mark("n1", ALERT), known=None).to_vacate(SET, [leaving], JOBS) == still
-    assert seen(a_mark("n1")).to_vacate(SET, [leaving], {}) == still
-    assert seen().to_vacate(SET, [leaving], {}) == still
-    assert seen().to_vacate(SET, [leaving], JOBS) == {}, "the node is used again"
+    assert vacates(seen(a_mark("n1", ALERT), known=None), [leaving], JOBS) == still
+    assert vacates(seen(a_mark("n1")), [leaving], {}) == still
+    assert vacates(seen(), [leaving], {}) == still
+    assert vacates(seen(), [leaving], JOBS) == {}, "the node is used again"
 
 
 def test_a_waiting_job_is_told_what_is_kept_out_now() -> None:
