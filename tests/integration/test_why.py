@@ -28,8 +28,10 @@ from controlplane.db import (
     alerts,
     audit,
     decisions,
+    freezes,
     keys,
     migrate,
+    nodes,
     replica_sets,
     replicas,
     slurm_jobs,
@@ -392,7 +394,8 @@ async def test_whoever_says_anything_is_in_the_audit(db: Database) -> None:
     assert [(one.kind, one.subject) for one in reversed(said)] == [
         *[("replica set", "a")] * 4,
         *[("replica", replica.name)] * 3,
-        *[("API key", said[0].subject)] * 2,
+        *[("API key", said[2].subject)] * 2,
+        *[("node", "n1")] * 2,
     ]
     words = [one.words for one in reversed(said)]
     assert words[0] == "spec changed by ann: between 0 and 3 replicas"
@@ -405,6 +408,7 @@ async def test_whoever_says_anything_is_in_the_audit(db: Database) -> None:
     ]
     assert words[7].endswith("... made for lab: m")
     assert words[8].endswith("... of lab revoked")
+    assert words[9:] == ["drained by ann until 2026-01-01T13:00:00+00:00 (fan)", "undrained by ann"]
     assert all(one.actor != "reconciler" for one in await audit.load_newest(db))
 
 
@@ -424,6 +428,24 @@ async def whole_audit(db: Database, replica: Replica) -> None:
     _, key = await keys.create(db, "lab", models=["m"], expires_at=None, actor="ann", now=after(9))
     for _ in range(2):
         await keys.revoke(db, key.prefix, after(10), actor="ann")
+    for _ in range(2):
+        await nodes.drain(db, "n1", actor="ann", now=after(11), reason="fan", until=after(3600))
+    for _ in range(2):
+        await nodes.undrain(db, "n1", actor="ann", now=after(12))
+
+
+async def test_a_freeze_of_all_sets_is_in_the_audit_where_there_is_no_set(db: Database) -> None:
+    await freezes.freeze_all(db, actor="ann", now=after(1), reason="incident", dry_run=True)
+    assert await audit.load_newest(db) == []
+    for _ in range(2):
+        await freezes.freeze_all(db, actor="ann", now=after(1), reason="incident")
+    for _ in range(2):
+        await freezes.unfreeze_all(db, actor="ann", now=after(2))
+    said = [(one.at, one.actor, one.words) for one in await audit.load_newest(db)]
+    assert said == [
+        (after(2), "ann", "all sets unfrozen by ann"),
+        (after(1), "ann", "all sets frozen by ann (incident)"),
+    ]
 
 
 async def test_the_schema_before_becomes_this_one_with_its_data(
@@ -524,4 +546,4 @@ async def test_what_cannot_be_told_is_refused_with_its_field(
 async def test_the_audit_can_be_read(rig: WebRig) -> None:
     await whole_audit(rig.db, await make_replica(rig.db, await make_set(rig.db), Phase.RUNNING))
     [newest, *_] = (await rig.ask("GET", "/api/v1/audit?limit=3")).json()["audit"]
-    assert (newest["actor"], newest["kind"]) == ("ann", "API key")
+    assert (newest["actor"], newest["kind"]) == ("ann", "node")
