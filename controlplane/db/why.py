@@ -188,7 +188,7 @@ async def _stories(
     )
     takers = {row["replaces"]: row["name"] for row in await cursor.fetchall()}
     named_by = await _named_by(connection, given)
-    left = await _why_they_left(connection, [row["replaces"] for row in rows if row["replaces"] is not None])
+    left = await _why_they_left(connection, [row["replaces"] for row in rows if row["replaces"] is not None], at)
     origins = await _origins(connection, {row["decision_id"] for row in rows} - {None})
     stories = []
     for row in rows:
@@ -247,11 +247,14 @@ async def _named_by(connection: Connection, given: Mapping[str, Any]) -> default
     return found
 
 
-async def _why_they_left(connection: Connection, names: list[str]) -> dict[str, Reason]:
+async def _why_they_left(connection: Connection, names: list[str], at: datetime | None) -> dict[str, Reason]:
+    """Of those that had left by then."""
     cursor = await connection.execute(
-        "SELECT name, reason FROM replicas WHERE name = ANY (%s) AND reason IS NOT NULL", (names,)
+        "SELECT DISTINCT ON (r.name) r.name, h.reason FROM replicas r JOIN replica_history h ON h.replica_id = r.id "
+        f"WHERE r.name = ANY (%(names)s) AND h.at <= {_AT} ORDER BY r.name, h.version DESC",
+        {"names": names, "at": at},
     )
-    return {row["name"]: Reason(row["reason"]) for row in await cursor.fetchall()}
+    return {row["name"]: Reason(row["reason"]) for row in await cursor.fetchall() if row["reason"] is not None}
 
 
 async def _origins(

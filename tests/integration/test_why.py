@@ -157,8 +157,8 @@ async def test_only_what_is_new_becomes_history(db: Database) -> None:
         ("Resources", ""),
         ("Resources", "n1"),
     ]
-    for number, (reason, nodes) in enumerate(observed):
-        seen = job(replica, JobState.PENDING, state_reason=reason, nodes=nodes, started_at=after(number))
+    for number, (reason, places) in enumerate(observed):
+        seen = job(replica, JobState.PENDING, state_reason=reason, nodes=places, started_at=after(number))
         await slurm_jobs.record(db, [(replica.id, seen)], after(number))
     story = await story_of(db, replica)
     assert [(one.at, one.state_reason) for one in story.jobs] == [
@@ -209,6 +209,18 @@ async def test_what_crashed_is_replaced_and_inherits_its_cause(db: Database) -> 
     await walked(db, second, crashed(second), at=after(7))
     replaced = [await origin(db, await made(db, after(8 + n), 1028 + n)) for n in range(2)]
     assert replaced == [("SCALED_UP", second.name), ("OPERATOR", third.name)], "each place is taken once"
+
+
+async def test_a_successor_is_told_that_its_predecessor_left_only_once_it_did(db: Database) -> None:
+    await make_set(db, min_replicas=1)
+    first = await walked(db, await made(db, after(1), 1025), Phase.SUBMITTING, Phase.QUEUED, Phase.RUNNING, at=after(1))
+    second = await made(db, after(100), 1026, succeeds=first.id)
+    left = Move(first, Phase.DRAINING, Reason.HANDED_OVER, drain_deadline=after(500))
+    await walked(db, first, left, at=after(200))
+    place = f"it takes the place of {first.name}"
+    assert made_because(await story_of(db, second, after(150))) == place
+    assert made_because(await story_of(db, second, after(200))) == f"{place}, which left HANDED_OVER"
+    assert made_because(await story_of(db, second)) == f"{place}, which left HANDED_OVER"
 
 
 async def test_each_raise_gets_its_replicas_and_an_operators_word_the_others(db: Database) -> None:
