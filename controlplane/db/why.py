@@ -147,10 +147,17 @@ async def of_job(db: Database, job_id: int, *, at: datetime | None, now: datetim
 
 
 async def forget(db: Database, *, older_than: timedelta, now: datetime) -> int:
-    """Delete what goes with no replica: what probes found so long ago, and the audit; returns how many rows went."""
+    """Delete what goes with no replica: what probes found so long ago, and the audit; returns how many rows went.
+
+    What an endpoint still was at that time stays, for it is told of every moment since, until it changes.
+    """
     async with db.transaction() as connection:
         before = now - older_than
-        cursor = await connection.execute("DELETE FROM endpoint_history WHERE at < %s", (before,))
+        cursor = await connection.execute(
+            "DELETE FROM endpoint_history old WHERE at < %(before)s AND EXISTS (SELECT FROM endpoint_history newer "
+            "WHERE newer.endpoint_id = old.endpoint_id AND newer.id > old.id AND newer.at < %(before)s)",
+            {"before": before},
+        )
         return cursor.rowcount + (await connection.execute("DELETE FROM audit WHERE at < %s", (before,))).rowcount
 
 

@@ -15,11 +15,14 @@ from controlplane.core.stories import ReplicaStory, SetStory
 from controlplane.core.types import (
     AlertAction,
     DecisionReason,
+    ExternalEndpoint,
+    Health,
     JobState,
     Move,
     Phase,
     Reason,
     Replica,
+    ReplicaSetSpec,
 )
 from controlplane.core.verbs import Verb
 from controlplane.db import (
@@ -28,6 +31,7 @@ from controlplane.db import (
     alerts,
     audit,
     decisions,
+    endpoints,
     freezes,
     keys,
     migrate,
@@ -397,6 +401,28 @@ async def test_histories_are_forgotten_with_their_replicas_and_decisions_after_t
     await keys.create(db, "lab", models=None, expires_at=None, actor="ann", now=NOW)
     assert await why.forget(db, older_than=day, now=NOW + day) == 0
     assert await why.forget(db, older_than=day, now=after(1) + day) == 1
+
+
+async def test_what_a_fixed_endpoint_still_is_outlives_the_histories(db: Database) -> None:
+    spec = ReplicaSetSpec("box", "m", endpoints=(ExternalEndpoint("http://127.0.0.1:9"),))
+    await replica_sets.apply(db, spec, actor="ann", now=NOW)
+    [seen] = await endpoints.load_live(db)
+    for seconds, health in ((10, Health.READY), (20, Health.FAILING)):
+        then = after(seconds)
+        found = replace(seen, health=health, probed_at=then, confirmed_at=then, first_ready_at=then, failing_since=then)
+        await endpoints.save(db, found, seen=seen)
+        [seen] = await endpoints.load_live(db)
+    async with db.connection() as connection:  # it was found when the database's clock said so
+        await connection.execute("UPDATE endpoint_history SET at = %s WHERE health = 'UNPROVEN'", (NOW,))
+
+    async def told(seconds: float) -> list[str]:
+        return [one.health for one in (await why.of_set(db, "box", at=after(seconds), now=NOW)).endpoints]
+
+    day = timedelta(days=1)
+    assert await why.forget(db, older_than=day, now=after(15) + day) == 1
+    assert [await told(seconds) for seconds in (15, 25)] == [["READY"], ["FAILING"]]
+    assert await why.forget(db, older_than=day, now=after(1000) + day) == 1
+    assert await told(2000) == ["FAILING"]
 
 
 async def test_whoever_says_anything_is_in_the_audit(db: Database) -> None:
