@@ -215,6 +215,32 @@ async def test_what_crashed_is_replaced_and_inherits_its_cause(db: Database) -> 
     assert replaced == [("SCALED_UP", second.name), ("OPERATOR", third.name)], "each place is taken once"
 
 
+async def test_who_takes_the_place_on_a_drained_node_is_told_so_and_nobody_later(db: Database) -> None:
+    await make_set(db, min_replicas=1)
+    first = await walked(db, await made(db, after(1), 1025), Phase.SUBMITTING, Phase.QUEUED, Phase.RUNNING, at=after(1))
+    await slurm_jobs.record(db, [(first.id, job(first, JobState.RUNNING, nodes="n1"))], after(3))
+    await nodes.drain(db, "n1", actor="ann", now=after(99))
+    second = await made(db, after(100), 1026, beside=[first.name])
+    leaves = [Move(first, phase, Reason.NODE_DRAINED) for phase in (Phase.STOPPING, Phase.ENDED)]
+    await walked(db, first, *leaves, at=after(200))
+    alert = await fires(db, after(300))
+    await decided(db, after(300), DecisionReason.SCALED_UP, 1, 2, alert)
+    third = await made(db, after(301), 1027)
+    assert await origin(db, second) == ("OPERATOR", first.name)
+    assert await origin(db, third) == ("SCALED_UP", None)
+    assert (await story_of(db, first)).replaced_by == second.name
+    await walked(db, second, crashed(second), at=after(400))
+    assert await origin(db, await made(db, after(401), 1028)) == ("OPERATOR", second.name)
+
+
+async def test_who_comes_after_a_hand_over_without_room_takes_that_place(db: Database) -> None:
+    await make_set(db, min_replicas=1, max_replicas=1, surge=0)
+    first = await walked(db, await made(db, after(1), 1025), Phase.SUBMITTING, Phase.QUEUED, Phase.RUNNING, at=after(1))
+    leaves = [Move(first, phase, Reason.HANDED_OVER) for phase in (Phase.STOPPING, Phase.ENDED)]
+    await walked(db, first, *leaves, at=after(200))
+    assert await origin(db, await made(db, after(300), 1026)) == ("OPERATOR", first.name)
+
+
 async def test_a_successor_is_told_that_its_predecessor_left_only_once_it_did(db: Database) -> None:
     await make_set(db, min_replicas=1)
     first = await walked(db, await made(db, after(1), 1025), Phase.SUBMITTING, Phase.QUEUED, Phase.RUNNING, at=after(1))
