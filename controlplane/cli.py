@@ -18,6 +18,8 @@ from controlplane import cli_keys, cli_nodes
 from controlplane.cli_session import (
     FAILED,
     actor,
+    check_count,
+    check_text,
     fail,
     load_settings,
     one_line,
@@ -63,7 +65,7 @@ def main() -> None:
 
 SetName = Annotated[str, typer.Argument(help="Its name.", show_default=False)]
 ReplicaName = Annotated[str, typer.Argument(help="Its name, cp-<set>-<number>.", show_default=False)]
-Reason = Annotated[str | None, typer.Option(help="Kept, for those who ask why later.")]
+Reason = Annotated[str | None, typer.Option(callback=check_text, help="Kept, for those who ask why later.")]
 Until = Annotated[
     str | None, typer.Option(help="A time with its zone, or how long: 90m, 2h, 3d. Without it: until it is undone.")
 ]
@@ -282,13 +284,23 @@ def apply(
 )
 def scale(
     replica_set: SetName,
-    count: Annotated[int | None, typer.Argument(min=0, help="The same as --replicas.", show_default=False)] = None,
+    count: Annotated[
+        int | None, typer.Argument(min=0, callback=check_count, help="The same as --replicas.", show_default=False)
+    ] = None,
     replicas: Annotated[
         int | None,
-        typer.Option(min=0, help="How many are wanted. With --until they are pinned; else alerts go on from there."),
+        typer.Option(
+            min=0,
+            callback=check_count,
+            help="How many are wanted. With --until they are pinned; else alerts go on from there.",
+        ),
     ] = None,
-    low: Annotated[int | None, typer.Option("--min", min=0, help="The least there may be.")] = None,
-    high: Annotated[int | None, typer.Option("--max", min=0, help="The most there may be.")] = None,
+    low: Annotated[
+        int | None, typer.Option("--min", min=0, callback=check_count, help="The least there may be.")
+    ] = None,
+    high: Annotated[
+        int | None, typer.Option("--max", min=0, callback=check_count, help="The most there may be.")
+    ] = None,
     until: Annotated[
         str | None, typer.Option(help="When it ends: a time with its zone, or how long: 90m, 2h, 3d.")
     ] = None,

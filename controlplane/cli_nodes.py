@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from controlplane.cli_session import actor, dry, time_of, with_db
+from controlplane.cli_session import actor, check_text, dry, time_of, with_db
 from controlplane.clock import utc_now
 
 if TYPE_CHECKING:
@@ -24,7 +24,9 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be; chan
 @cli.command(epilog="[bold]Example[/]\n\ncontrolplane nodes drain node17 --reason fan --until 4h")
 def drain(
     node: NodeName,
-    reason: Annotated[str | None, typer.Option(help="Kept with the mark, for those who ask later.")] = None,
+    reason: Annotated[
+        str | None, typer.Option(callback=check_text, help="Kept with the mark, for those who ask later.")
+    ] = None,
     until: Annotated[
         str | None, typer.Option(help="A time with its zone, or how long: 90m, 2h, 3d. Without it: until undrained.")
     ] = None,

@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import typer
 
@@ -106,6 +106,31 @@ def time_of(text: str, now: datetime) -> datetime:
             param_hint="--until",
         )
     return time.astimezone(UTC)
+
+
+def check_text(value: str | None) -> str | None:
+    """An option's callback: the operators' API takes the same texts."""
+    from controlplane.specs.file_format import Text
+
+    return _checked(value, Text)
+
+
+def check_count(value: int | None) -> int | None:
+    """An option's callback: the operators' API takes the same counts of replicas."""
+    from controlplane.specs.file_format import CountOrNone
+
+    return _checked(value, CountOrNone)
+
+
+def _checked(value: T, kind: Any) -> T:
+    from pydantic import TypeAdapter, ValidationError
+
+    if value is not None:
+        try:
+            TypeAdapter(kind).validate_python(value)
+        except ValidationError as error:
+            raise typer.BadParameter(error.errors()[0]["msg"]) from None
+    return value
 
 
 def dry(dry_run: bool) -> str:

@@ -13,7 +13,7 @@ from controlplane.db.pool import Connection, Database
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """One verb. `kind` of the subject: replica set, replica, API key ..."""
+    """One verb. `kind` of the subject: replica set, replica, node, API key ..."""
 
     at: datetime
     actor: str

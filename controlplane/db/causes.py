@@ -41,6 +41,11 @@ EVIDENCE = f"""
 CAUSE = """
     predecessor AS ( -- of a hand-over: it is still there
         SELECT name, decision_id FROM replicas WHERE id = %(succeeds)s
+    ), vacating AS ( -- the oldest that is to leave its node, and whose place nobody took: it too is still there
+        SELECT r.name, r.decision_id FROM replicas r
+         WHERE r.replica_set = %(set)s AND r.name = ANY (%(beside)s) AND r.phase = ANY (%(existing)s)
+           AND NOT EXISTS (SELECT FROM replicas taker WHERE taker.replaces = r.name)
+         ORDER BY r.id LIMIT 1
     ), lowered AS (
         SELECT id, at FROM decisions WHERE replica_set = %(set)s AND desired < previous ORDER BY id DESC LIMIT 1
     ), raised AS ( -- the count, and not all replicas were made that it was raised for
@@ -53,24 +58,25 @@ CAUSE = """
         SELECT id FROM decisions
          WHERE replica_set = %(set)s AND (desired <> previous OR actor <> 'reconciler')
          ORDER BY id DESC LIMIT 1
-    ), gone AS ( -- the newest that left unplanned, whose place was neither given up nor taken
+    ), gone AS ( -- the newest that left to be replaced, whose place was neither given up nor taken
         SELECT r.name, r.decision_id
           FROM replicas r
          CROSS JOIN LATERAL (SELECT max(h.at) AS at FROM replica_history h
                               WHERE h.replica_id = r.id AND h.from_phase = ANY (%(existing)s)
                                 AND h.to_phase <> ALL (%(existing)s)) left_existence
          WHERE r.replica_set = %(set)s AND r.phase <> ALL (%(existing)s)
-           AND r.reason NOT IN ('SCALED_DOWN', 'ROLLED', 'HANDED_OVER')
+           AND r.reason NOT IN ('SCALED_DOWN', 'ROLLED')
            AND (r.ended_at IS NULL OR r.ended_at > %(now)s::timestamptz - interval '1 day')
            AND left_existence.at > coalesce((SELECT at FROM lowered), '-infinity')
            AND NOT EXISTS (SELECT FROM replicas taker WHERE taker.replaces = r.name)
          ORDER BY left_existence.at DESC, r.id DESC LIMIT 1
     ), cause AS (
-        SELECT coalesce((SELECT decision_id FROM predecessor), (SELECT decision_id FROM gone),
-                        (SELECT id FROM raised), (SELECT id FROM said)) AS decision_id,
-               coalesce((SELECT name FROM predecessor), (SELECT name FROM gone)) AS replaces
+        SELECT coalesce((SELECT decision_id FROM predecessor), (SELECT decision_id FROM vacating),
+                        (SELECT decision_id FROM gone), (SELECT id FROM raised), (SELECT id FROM said)) AS decision_id,
+               coalesce((SELECT name FROM predecessor), (SELECT name FROM vacating),
+                        (SELECT name FROM gone)) AS replaces
     )"""
-"""Why the next replica of a set is made: `cause`, of one row. Parameters: set, succeeds, existing (phases), now."""
+"""Why the next replica of a set is made: `cause`, of one row. Parameters: set, succeeds, beside, existing, now."""
 
 
 def alert_then(document: dict[str, Any]) -> AlertThen:

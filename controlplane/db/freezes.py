@@ -1,7 +1,8 @@
 """Freezes: an operator keeps one set, or all of them, from being scaled automatically.
 
-A row is a freeze; that of all sets names none. Every word is recorded as a decision of each set that it is about, with
-its actor, and may be repeated: what already is as asked is left alone, with the time at which it began.
+A row is a freeze; that of all sets names none. Every word is recorded as a decision of each set that it is about, or in
+the audit where there is no such set, with its actor; and may be repeated: what already is as asked is left alone, with
+the time at which it began.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import replace
 from datetime import datetime
 
 from controlplane.core.types import Freeze, ReplicaSet
-from controlplane.db import replica_sets
+from controlplane.db import audit, replica_sets
 from controlplane.db.pool import Connection, Database
 
 
@@ -112,6 +113,9 @@ async def _set(
         reason = wanted.reason if wanted is not None else None
         for was, one in zip(sets, after, strict=True):
             await replica_sets.record_verb(connection, was, one, words, reason, actor, now)
+        if not sets:  # no decision tells of it
+            said = words + (f" ({reason})" if reason else "")
+            await audit.record(connection, audit.Said(now, actor, "replica set", "all", said))
     return wanted, after
 
 

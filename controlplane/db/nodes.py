@@ -14,6 +14,7 @@ from psycopg.rows import DictRow
 
 from controlplane.core.nodes import NodeCause, NodeMark, NodeRun, clear, is_node_name
 from controlplane.core.types import Reason
+from controlplane.db import audit
 from controlplane.db.pool import Connection, Database, wake
 
 _COLUMNS = "node, cause, actor, reason, since, until, strikes, cleared_at, cleared_by"
@@ -60,6 +61,9 @@ async def drain(
         if not dry_run:
             event = "kept_out" if old is None else "changed"
             await _write(connection, after[NodeCause.OPERATOR], event, actor, now)
+            end = f" until {until.isoformat()}" if until is not None else ""
+            words = f"drained by {actor}{end}" + (f" ({reason})" if reason else "")
+            await audit.record(connection, audit.Said(now, actor, "node", node, words))
             await wake(connection)
     return _marked(node, after, is_changed=True)
 
@@ -80,6 +84,7 @@ async def undrain(db: Database, node: str, *, actor: str, now: datetime, dry_run
                 await _remove(connection, mark, "cleared", actor, now)
             else:
                 await _write(connection, clear(mark, actor=actor, now=now), "cleared", actor, now)
+        await audit.record(connection, audit.Said(now, actor, "node", node, f"undrained by {actor}"))
         await wake(connection)
     return Marked(node, (), is_changed=True)
 

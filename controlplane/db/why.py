@@ -147,10 +147,17 @@ async def of_job(db: Database, job_id: int, *, at: datetime | None, now: datetim
 
 
 async def forget(db: Database, *, older_than: timedelta, now: datetime) -> int:
-    """Delete what goes with no replica: what probes found so long ago, and the audit; returns how many rows went."""
+    """Delete what goes with no replica: what probes found so long ago, and the audit; returns how many rows went.
+
+    What an endpoint still was at that time stays, for it is told of every moment since, until it changes.
+    """
     async with db.transaction() as connection:
         before = now - older_than
-        cursor = await connection.execute("DELETE FROM endpoint_history WHERE at < %s", (before,))
+        cursor = await connection.execute(
+            "DELETE FROM endpoint_history old WHERE at < %(before)s AND EXISTS (SELECT FROM endpoint_history newer "
+            "WHERE newer.endpoint_id = old.endpoint_id AND newer.id > old.id AND newer.at < %(before)s)",
+            {"before": before},
+        )
         return cursor.rowcount + (await connection.execute("DELETE FROM audit WHERE at < %s", (before,))).rowcount
 
 
@@ -188,7 +195,7 @@ async def _stories(
     )
     takers = {row["replaces"]: row["name"] for row in await cursor.fetchall()}
     named_by = await _named_by(connection, given)
-    left = await _why_they_left(connection, [row["replaces"] for row in rows if row["replaces"] is not None])
+    left = await _why_they_left(connection, [row["replaces"] for row in rows if row["replaces"] is not None], at)
     origins = await _origins(connection, {row["decision_id"] for row in rows} - {None})
     stories = []
     for row in rows:
@@ -247,11 +254,14 @@ async def _named_by(connection: Connection, given: Mapping[str, Any]) -> default
     return found
 
 
-async def _why_they_left(connection: Connection, names: list[str]) -> dict[str, Reason]:
+async def _why_they_left(connection: Connection, names: list[str], at: datetime | None) -> dict[str, Reason]:
+    """Of those that had left by then."""
     cursor = await connection.execute(
-        "SELECT name, reason FROM replicas WHERE name = ANY (%s) AND reason IS NOT NULL", (names,)
+        "SELECT DISTINCT ON (r.name) r.name, h.reason FROM replicas r JOIN replica_history h ON h.replica_id = r.id "
+        f"WHERE r.name = ANY (%(names)s) AND h.at <= {_AT} ORDER BY r.name, h.version DESC",
+        {"names": names, "at": at},
     )
-    return {row["name"]: Reason(row["reason"]) for row in await cursor.fetchall()}
+    return {row["name"]: Reason(row["reason"]) for row in await cursor.fetchall() if row["reason"] is not None}
 
 
 async def _origins(

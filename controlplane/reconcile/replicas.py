@@ -26,6 +26,7 @@ from controlplane.core.types import (
     CancelJob,
     Change,
     Decision,
+    DecisionReason,
     Endpoint,
     Health,
     JobList,
@@ -212,6 +213,8 @@ class ReplicaLoop:
             decision = explained(decision, self._back_off(world, replica_set))
             before = latest.get(name)
             is_news = before is None or (before.reason, before.alerts) != (decision.reason, decision.alerts)
+            if before is not None and decision.reason is DecisionReason.BACKING_OFF:
+                is_news |= before.explanation != decision.explanation  # each failed start is told, with its next try
             if not decision.changes_desired and decision.scheduled is None and not is_news:
                 continue
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -64,9 +65,19 @@ async def decided(
     await replica_sets.decide(db, decision, actor="reconciler", now=at)
 
 
-async def made(db: Database, at: datetime, port: int) -> Replica:
-    replica_set = await replica_sets.load(db, "a")
-    return await replicas.create(db, replica_set, port=port, secret=SECRET, actor="reconciler", now=at)
+async def made(
+    db: Database, at: datetime, port: int, *, beside: Sequence[str] = (), succeeds: int | None = None
+) -> Replica:
+    return await replicas.create(
+        db,
+        await replica_sets.load(db, "a"),
+        port=port,
+        secret=SECRET,
+        actor="reconciler",
+        now=at,
+        beside=beside,
+        succeeds=succeeds,
+    )
 
 
 async def walked(db: Database, replica: Replica, *steps: Move | Phase, at: datetime) -> Replica:

@@ -219,6 +219,25 @@ def test_scale_says_what_is_in_force(run: Callable[..., Result], database_url: s
     assert with_db(database_url, lambda db: replica_sets.load(db, "a")).desired_replicas == 3
 
 
+@pytest.mark.parametrize(
+    ("arguments", "wrong"),
+    [
+        (("scale", "a", "99999999999999"), "less than or equal to 10000"),
+        (("scale", "a", "--max", "99999999999999"), "less than or equal to 10000"),
+        (("nodes", "drain", "n1", "--reason", "two\nfans"), "must not contain line breaks"),
+        (("freeze", "--all", "--reason", "x\x1b[31m"), "control characters"),
+        (("pause", "a", "--reason", "x" * 257), "at most 256 characters"),
+    ],
+)
+def test_what_the_api_would_refuse_is_refused_with_its_option(
+    run: Callable[..., Result], arguments: tuple[str, ...], wrong: str
+) -> None:
+    result = run(*arguments, COLUMNS="200")
+    assert result.exit_code == 2, result.output
+    assert wrong in result.stderr
+    assert (arguments[-2] if arguments[-2].startswith("--") else "COUNT") in result.stderr
+
+
 def test_scale_names_the_field_at_fault(run: Callable[..., Result], database_url: str) -> None:
     with_db(database_url, a_set)
     assert "replicas: 9 is not between 0 and 4" in one_sentence(run("scale", "a", "--replicas", "9"))

@@ -26,7 +26,7 @@ from controlplane.core.types import (
     ScalingPolicy,
     Schedule,
 )
-from controlplane.db import Database, alerts, decisions, freezes, replica_sets
+from controlplane.db import Database, alerts, decisions, freezes, replica_sets, replicas
 from controlplane.metrics import ControlPlaneMetrics
 from controlplane.reconcile.actions import ActionOptions, Actor
 from controlplane.reconcile.pauses import PauseLoop, PauseOptions
@@ -34,6 +34,7 @@ from controlplane.reconcile.replicas import ReplicaLoop, ReplicaOptions
 from controlplane.slurm.client import SlurmClient, SlurmOptions
 from controlplane.slurm.script import ScriptOptions
 from tests.integration.db_rows import NOW, make_set, opened
+from tests.integration.lives import crashed, made
 
 FIVE_SECONDS, HOUR = timedelta(seconds=5), timedelta(hours=1)
 FOUR_A_MINUTE = ScalingPolicy(PolicyType.REPLICAS, 4, 60)
@@ -203,6 +204,21 @@ async def test_a_set_whose_starts_fail_passes_the_pressure_to_the_next(rounds: R
         )
     assert await rounds.run(NOW + 2 * FIVE_SECONDS) == 3
     assert (await replica_sets.load(rounds.db, "b")).desired_replicas == 3
+
+
+async def test_each_failed_start_of_a_set_that_backs_off_is_told_once_with_its_next_try(rounds: Rounds) -> None:
+    await make_growing_set(rounds, min_replicas=1)
+    for at in (NOW + timedelta(minutes=1), NOW + timedelta(minutes=2)):
+        replica = await made(rounds.db, at, 20000 + at.minute)
+        failed = replace(crashed(replica), message=f"failed at {at:%H:%M}")
+        await replicas.move(rounds.db, failed, actor="test", now=at)
+        for _ in range(2):
+            await rounds.run(at)
+    told = [one.explanation for one in await rounds.said() if one.reason is DecisionReason.BACKING_OFF]
+    assert told == [
+        "1 failed starts in a row; next try at 12:01:10: failed at 12:01",
+        "2 failed starts in a row; next try at 12:02:20: failed at 12:02",
+    ]
 
 
 async def test_a_schedule_that_this_host_cannot_read_changes_nothing_and_stops_no_round(rounds: Rounds) -> None:

@@ -15,11 +15,14 @@ from controlplane.core.stories import ReplicaStory, SetStory
 from controlplane.core.types import (
     AlertAction,
     DecisionReason,
+    ExternalEndpoint,
+    Health,
     JobState,
     Move,
     Phase,
     Reason,
     Replica,
+    ReplicaSetSpec,
 )
 from controlplane.core.verbs import Verb
 from controlplane.db import (
@@ -28,8 +31,11 @@ from controlplane.db import (
     alerts,
     audit,
     decisions,
+    endpoints,
+    freezes,
     keys,
     migrate,
+    nodes,
     replica_sets,
     replicas,
     slurm_jobs,
@@ -155,8 +161,8 @@ async def test_only_what_is_new_becomes_history(db: Database) -> None:
         ("Resources", ""),
         ("Resources", "n1"),
     ]
-    for number, (reason, nodes) in enumerate(observed):
-        seen = job(replica, JobState.PENDING, state_reason=reason, nodes=nodes, started_at=after(number))
+    for number, (reason, places) in enumerate(observed):
+        seen = job(replica, JobState.PENDING, state_reason=reason, nodes=places, started_at=after(number))
         await slurm_jobs.record(db, [(replica.id, seen)], after(number))
     story = await story_of(db, replica)
     assert [(one.at, one.state_reason) for one in story.jobs] == [
@@ -207,6 +213,44 @@ async def test_what_crashed_is_replaced_and_inherits_its_cause(db: Database) -> 
     await walked(db, second, crashed(second), at=after(7))
     replaced = [await origin(db, await made(db, after(8 + n), 1028 + n)) for n in range(2)]
     assert replaced == [("SCALED_UP", second.name), ("OPERATOR", third.name)], "each place is taken once"
+
+
+async def test_who_takes_the_place_on_a_drained_node_is_told_so_and_nobody_later(db: Database) -> None:
+    await make_set(db, min_replicas=1)
+    first = await walked(db, await made(db, after(1), 1025), Phase.SUBMITTING, Phase.QUEUED, Phase.RUNNING, at=after(1))
+    await slurm_jobs.record(db, [(first.id, job(first, JobState.RUNNING, nodes="n1"))], after(3))
+    await nodes.drain(db, "n1", actor="ann", now=after(99))
+    second = await made(db, after(100), 1026, beside=[first.name])
+    leaves = [Move(first, phase, Reason.NODE_DRAINED) for phase in (Phase.STOPPING, Phase.ENDED)]
+    await walked(db, first, *leaves, at=after(200))
+    alert = await fires(db, after(300))
+    await decided(db, after(300), DecisionReason.SCALED_UP, 1, 2, alert)
+    third = await made(db, after(301), 1027)
+    assert await origin(db, second) == ("OPERATOR", first.name)
+    assert await origin(db, third) == ("SCALED_UP", None)
+    assert (await story_of(db, first)).replaced_by == second.name
+    await walked(db, second, crashed(second), at=after(400))
+    assert await origin(db, await made(db, after(401), 1028)) == ("OPERATOR", second.name)
+
+
+async def test_who_comes_after_a_hand_over_without_room_takes_that_place(db: Database) -> None:
+    await make_set(db, min_replicas=1, max_replicas=1, surge=0)
+    first = await walked(db, await made(db, after(1), 1025), Phase.SUBMITTING, Phase.QUEUED, Phase.RUNNING, at=after(1))
+    leaves = [Move(first, phase, Reason.HANDED_OVER) for phase in (Phase.STOPPING, Phase.ENDED)]
+    await walked(db, first, *leaves, at=after(200))
+    assert await origin(db, await made(db, after(300), 1026)) == ("OPERATOR", first.name)
+
+
+async def test_a_successor_is_told_that_its_predecessor_left_only_once_it_did(db: Database) -> None:
+    await make_set(db, min_replicas=1)
+    first = await walked(db, await made(db, after(1), 1025), Phase.SUBMITTING, Phase.QUEUED, Phase.RUNNING, at=after(1))
+    second = await made(db, after(100), 1026, succeeds=first.id)
+    left = Move(first, Phase.DRAINING, Reason.HANDED_OVER, drain_deadline=after(500))
+    await walked(db, first, left, at=after(200))
+    place = f"it takes the place of {first.name}"
+    assert made_because(await story_of(db, second, after(150))) == place
+    assert made_because(await story_of(db, second, after(200))) == f"{place}, which left HANDED_OVER"
+    assert made_because(await story_of(db, second)) == f"{place}, which left HANDED_OVER"
 
 
 async def test_each_raise_gets_its_replicas_and_an_operators_word_the_others(db: Database) -> None:
@@ -385,6 +429,28 @@ async def test_histories_are_forgotten_with_their_replicas_and_decisions_after_t
     assert await why.forget(db, older_than=day, now=after(1) + day) == 1
 
 
+async def test_what_a_fixed_endpoint_still_is_outlives_the_histories(db: Database) -> None:
+    spec = ReplicaSetSpec("box", "m", endpoints=(ExternalEndpoint("http://127.0.0.1:9"),))
+    await replica_sets.apply(db, spec, actor="ann", now=NOW)
+    [seen] = await endpoints.load_live(db)
+    for seconds, health in ((10, Health.READY), (20, Health.FAILING)):
+        then = after(seconds)
+        found = replace(seen, health=health, probed_at=then, confirmed_at=then, first_ready_at=then, failing_since=then)
+        await endpoints.save(db, found, seen=seen)
+        [seen] = await endpoints.load_live(db)
+    async with db.connection() as connection:  # it was found when the database's clock said so
+        await connection.execute("UPDATE endpoint_history SET at = %s WHERE health = 'UNPROVEN'", (NOW,))
+
+    async def told(seconds: float) -> list[str]:
+        return [one.health for one in (await why.of_set(db, "box", at=after(seconds), now=NOW)).endpoints]
+
+    day = timedelta(days=1)
+    assert await why.forget(db, older_than=day, now=after(15) + day) == 1
+    assert [await told(seconds) for seconds in (15, 25)] == [["READY"], ["FAILING"]]
+    assert await why.forget(db, older_than=day, now=after(1000) + day) == 1
+    assert await told(2000) == ["FAILING"]
+
+
 async def test_whoever_says_anything_is_in_the_audit(db: Database) -> None:
     replica = await make_replica(db, await make_set(db), Phase.RUNNING)
     await whole_audit(db, replica)
@@ -392,7 +458,8 @@ async def test_whoever_says_anything_is_in_the_audit(db: Database) -> None:
     assert [(one.kind, one.subject) for one in reversed(said)] == [
         *[("replica set", "a")] * 4,
         *[("replica", replica.name)] * 3,
-        *[("API key", said[0].subject)] * 2,
+        *[("API key", said[2].subject)] * 2,
+        *[("node", "n1")] * 2,
     ]
     words = [one.words for one in reversed(said)]
     assert words[0] == "spec changed by ann: between 0 and 3 replicas"
@@ -405,6 +472,7 @@ async def test_whoever_says_anything_is_in_the_audit(db: Database) -> None:
     ]
     assert words[7].endswith("... made for lab: m")
     assert words[8].endswith("... of lab revoked")
+    assert words[9:] == ["drained by ann until 2026-01-01T13:00:00+00:00 (fan)", "undrained by ann"]
     assert all(one.actor != "reconciler" for one in await audit.load_newest(db))
 
 
@@ -424,6 +492,24 @@ async def whole_audit(db: Database, replica: Replica) -> None:
     _, key = await keys.create(db, "lab", models=["m"], expires_at=None, actor="ann", now=after(9))
     for _ in range(2):
         await keys.revoke(db, key.prefix, after(10), actor="ann")
+    for _ in range(2):
+        await nodes.drain(db, "n1", actor="ann", now=after(11), reason="fan", until=after(3600))
+    for _ in range(2):
+        await nodes.undrain(db, "n1", actor="ann", now=after(12))
+
+
+async def test_a_freeze_of_all_sets_is_in_the_audit_where_there_is_no_set(db: Database) -> None:
+    await freezes.freeze_all(db, actor="ann", now=after(1), reason="incident", dry_run=True)
+    assert await audit.load_newest(db) == []
+    for _ in range(2):
+        await freezes.freeze_all(db, actor="ann", now=after(1), reason="incident")
+    for _ in range(2):
+        await freezes.unfreeze_all(db, actor="ann", now=after(2))
+    said = [(one.at, one.actor, one.words) for one in await audit.load_newest(db)]
+    assert said == [
+        (after(2), "ann", "all sets unfrozen by ann"),
+        (after(1), "ann", "all sets frozen by ann (incident)"),
+    ]
 
 
 async def test_the_schema_before_becomes_this_one_with_its_data(
@@ -524,4 +610,4 @@ async def test_what_cannot_be_told_is_refused_with_its_field(
 async def test_the_audit_can_be_read(rig: WebRig) -> None:
     await whole_audit(rig.db, await make_replica(rig.db, await make_set(rig.db), Phase.RUNNING))
     [newest, *_] = (await rig.ask("GET", "/api/v1/audit?limit=3")).json()["audit"]
-    assert (newest["actor"], newest["kind"]) == ("ann", "API key")
+    assert (newest["actor"], newest["kind"]) == ("ann", "node")
