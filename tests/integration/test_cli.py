@@ -235,7 +235,7 @@ def test_what_the_api_would_refuse_is_refused_with_its_option(
     result = run(*arguments, COLUMNS="200")
     assert result.exit_code == 2, result.output
     assert wrong in result.stderr
-    assert (arguments[-2] if arguments[-2].startswith("--") else "COUNT") in result.stderr
+    assert (arguments[-2] if arguments[-2].startswith("--") else "[count]") in result.stderr
 
 
 def test_scale_names_the_field_at_fault(run: Callable[..., Result], database_url: str) -> None:
