@@ -24,7 +24,7 @@ demo: setup ## show the whole loop on this machine: an alert, Slurm jobs, reques
 	@$(VENV)/bin/controlplane demo
 
 test: setup ## run all tests, on real PostgreSQL, Slurm, Prometheus and Alertmanager
-	@$(VENV)/bin/pytest -n 2 --dist loadgroup
+	@$(VENV)/bin/pytest -n 2
 
 sim: setup ## live SEEDS=1000 simulated worlds full of faults, or tell one of them: SEED=4711
 	@$(PYTHON) -m tests.sim $(if $(SEED),--seed $(SEED),--seeds $(SEEDS))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar, overload
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from controlplane.demo.children import free_ports
 from controlplane.demo.claims import DirectoryInUse, claim
@@ -56,13 +57,17 @@ def eventually_sync(fact: Callable[[], T], *, timeout_seconds: float = 10) -> T:
     return asyncio.run(eventually(fact, timeout_seconds=timeout_seconds))
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What `make test` runs side by side: a file is one piece, and the end-to-end tests are, which share a Slurm."""
-    for item in items:
-        place = item.path.relative_to(Path(__file__).parent)
-        group = place.parts[0] if place.parts[0] == "e2e" else str(place)
-        item.add_marker(pytest.mark.xdist_group(group))
+class OneSlurm(LoadScopeScheduling):  # type: ignore[misc] # xdist tells no types
+    """What `make test` runs side by side: a file is one piece, and so are the end-to-end tests: they share ports."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "e2e" if "/e2e/" in file else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneSlurm:
+    return OneSlurm(config, log)
 
 
 @pytest.fixture(scope="session")
