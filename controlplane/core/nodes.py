@@ -20,12 +20,12 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 
+from controlplane.core import host_lists
 from controlplane.core.types import Alert, Reason, SlurmResources
 
 RECONCILER = "reconciler"
 _NODE_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?", re.ASCII)
 _FEATURE = re.compile(r"[\w.-]+", re.ASCII)
-_MOST_NAMES = 65_536
 
 
 class NodeCause(StrEnum):
@@ -122,36 +122,10 @@ def is_node_name(text: str) -> bool:
 
 def expand(expression: str) -> frozenset[str] | None:
     """The names that Slurm's node list expression stands for, such as `n[1-3,07],gpu1`. None: it cannot be read."""
-    names: set[str] = set()
-    for part in re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+|[,\[\]]", expression):
-        if part == ",":
-            continue
-        if part in ("[", "]"):
-            return None
-        stems = [""]
-        for text, ranges in re.findall(r"([^\[\]]+)|\[([^\[\]]*)\]", part):
-            endings = [text] if text else _numbers(ranges)
-            if endings is None or len(stems) * len(endings) > _MOST_NAMES:
-                return None
-            stems = [stem + ending for stem in stems for ending in endings]
-        names.update(stems)
-        if len(names) > _MOST_NAMES:
-            return None
-    return frozenset(names)
-
-
-def _numbers(ranges: str) -> list[str] | None:
-    """`1-3,07` as 1, 2, 3, 07: as many digits as the first number of a range has."""
-    found: list[str] = []
-    for one in ranges.split(","):
-        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", one, re.ASCII)
-        if match is None:
-            return None
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first or last - first >= _MOST_NAMES:
-            return None
-        found += [str(number).zfill(len(match[1])) for number in range(first, last + 1)]
-    return found
+    try:
+        return host_lists.expand(expression)
+    except ValueError:
+        return None
 
 
 # --- which marks there shall be ----------------------------------------------------------------------------

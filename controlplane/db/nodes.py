@@ -16,6 +16,7 @@ from controlplane.core.nodes import NodeCause, NodeMark, NodeRun, clear, is_node
 from controlplane.core.types import Reason
 from controlplane.db import audit
 from controlplane.db.pool import Connection, Database, wake
+from controlplane.db.replica_sets import check_until
 
 _COLUMNS = "node, cause, actor, reason, since, until, strikes, cleared_at, cleared_by"
 
@@ -49,8 +50,7 @@ async def drain(
 ) -> Marked:
     """Keep new jobs off a node and let what runs there leave. May be repeated. ValueError names the field at fault."""
     _check_name(node)
-    if until is not None and until <= now:
-        raise ValueError("until: must be in the future")
+    check_until(until, now)
     async with db.transaction() as connection:
         before = {mark.cause: mark for mark in await _load(connection, node, lock=True)}
         old = before.get(NodeCause.OPERATOR)

@@ -45,10 +45,10 @@ from controlplane.core.types import (
     Submit,
 )
 from controlplane.db import Database, nodes
+from controlplane.reconcile.actions import ACTOR
 from controlplane.slurm.client import SlurmClient
 from controlplane.slurm.errors import SlurmError
 
-ACTOR = "reconciler"
 _ALERT = NodeCause.ALERT
 _NODES_GOOD_FOR = timedelta(seconds=30)
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
+from controlplane.core.host_lists import expand
 from controlplane.core.nodes import SlurmNode
 from controlplane.core.reservations import Reservation
 from controlplane.core.types import OVER_STATES, JobState, SlurmJob, SlurmResources
 from controlplane.slurm.errors import SlurmProtocolError, foreign_text
-from controlplane.slurm.host_lists import expand
 from controlplane.slurm.transport import Answer
 
 # --- versions -------------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from controlplane.core.host_lists import expand
 from controlplane.core.reservations import Calendar, Closing, Reservation, closing_of, fit
 from controlplane.core.types import SlurmResources, TimeLimit
-from controlplane.slurm.host_lists import expand
 from tests.unit.worlds import NOW, ago
 
 HOUR = timedelta(hours=1)

@@ -7,7 +7,7 @@ import math
 import re
 from typing import Final
 
-_MOST = 200_000  # names in one expression; there is no such cluster
+_MOST = 65_536  # names in one expression; there is no such cluster
 _ELEMENT: Final = re.compile(r"(?:[^,\[\]\s]|\[[\d,-]+\])+")
 _PIECE: Final = re.compile(r"\[([\d,-]+)\]|([^\[\]]+)")
 _RANGE: Final = re.compile(r"(\d{1,12})(?:-(\d{1,12}))?")
@@ -40,7 +40,7 @@ def _numbers(bracket: str) -> list[str]:
         if match is None:
             raise ValueError(f"not a list of nodes: [{bracket[:64]}]")
         first, last = match[1], match[2] or match[1]
-        if int(last) - int(first) > _MOST:
-            raise ValueError(f"more than {_MOST} nodes: [{bracket[:64]}]")
+        if not 0 <= int(last) - int(first) <= _MOST:
+            raise ValueError(f"no range, or one of more than {_MOST} nodes: [{bracket[:64]}]")
         found += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
     return found
