@@ -122,14 +122,15 @@ class ReplicaLoop:
         """One round. It may be cut short anywhere, and repeated."""
         done = Done()
         world = await self._load(now)
+        pauses = {name: self._back_off(world, one) for name, one in world.sets.items()}
         pressing = pressures(
             world.sets.values(),
             world.alerts,
             now=now,
             stale_after=self._options.stale_after,
-            backing_off=self._backing_off(world, now),
+            backing_off={name for name, one in pauses.items() if one is not None and now < one.next_try_at},
         )
-        actions: list[Action] = [*await self._decide(world, pressing, done, now)]
+        actions: list[Action] = [*await self._decide(world, pressing, pauses, done, now)]
         observed = await self._observe(now)
         jobs: dict[str, SlurmJob] = {}
         if isinstance(observed, JobList):
@@ -144,7 +145,7 @@ class ReplicaLoop:
         seen = await self._nodes.look(world.alerts, now, may_ask=may_call)  # after what has just ended was recorded
         done.moved += seen.changes
         await self._note_idle(world)
-        pauses: dict[str, BackOff | None] = {}
+        pauses = {}  # anew: what has just ended counts
         for replica_set in world.sets.values():
             if replica_set.spec.slurm is not None and replica_set.name not in world.outrun:
                 closing = self._reservations.calendar.closing(replica_set.spec.slurm, now)
@@ -182,16 +183,18 @@ class ReplicaLoop:
             past[one.replica_set].append(one)
         return past
 
-    def _backing_off(self, world: World, now: datetime) -> set[str]:
-        """The sets whose starts fail, and which try no further one for now."""
-        pauses = {name: self._back_off(world, one) for name, one in world.sets.items()}
-        return {name for name, pause in pauses.items() if pause is not None and now < pause.next_try_at}
-
     async def _load_changes(self, world: World, now: datetime) -> dict[str, list[Change]]:
         period = max(map(longest_period, world.sets.values()), default=timedelta(0))
         return await decisions.load_changes(self._db, now - period) if period else {}
 
-    async def _decide(self, world: World, pressing: dict[str, Pressure], done: Done, now: datetime) -> list[Report]:
+    async def _decide(
+        self,
+        world: World,
+        pressing: dict[str, Pressure],
+        pauses: dict[str, BackOff | None],
+        done: Done,
+        now: datetime,
+    ) -> list[Report]:
         latest = await decisions.load_latest(self._db)
         changes = await self._load_changes(world, now)
         reports: list[Report] = []
@@ -210,7 +213,7 @@ class ReplicaLoop:
                 scheduled=None if isinstance(scheduled, Report) else scheduled,
                 changes=changes.get(name, ()),
             )
-            decision = explained(decision, self._back_off(world, replica_set))
+            decision = explained(decision, pauses[name])
             before = latest.get(name)
             is_news = before is None or (before.reason, before.alerts) != (decision.reason, decision.alerts)
             if before is not None and decision.reason is DecisionReason.BACKING_OFF:
