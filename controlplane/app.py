@@ -91,12 +91,14 @@ def _control_server(settings: Settings, db: Database, metrics: ControlPlaneMetri
 
 
 def _proxy_server(settings: Settings, db: Database) -> Server:
+    app = proxy.create_app(db, proxy_options(settings), ProxyMetrics(CollectorRegistry()))
     return Server(
         "proxy",
-        proxy.create_app(db, proxy_options(settings), ProxyMetrics(CollectorRegistry())),
+        app,
         host=settings.proxy.host,
         port=settings.proxy.port,
         drain_timeout_seconds=settings.proxy.drain_timeout_seconds,
+        protocol=app.protocol,
     )
 
 

@@ -12,6 +12,7 @@ import signal
 import socket
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import uvicorn
 from loguru import logger
@@ -31,14 +32,23 @@ class CannotListen(Exception):
 class Server(uvicorn.Server):
     """One ASGI app on one address, which is taken at once. Raises CannotListen."""
 
-    def __init__(self, name: str, app: ASGIApp, *, host: str, port: int, drain_timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        app: ASGIApp,
+        *,
+        host: str,
+        port: int,
+        drain_timeout_seconds: float,
+        protocol: Callable[..., asyncio.Protocol] | None = None,
+    ) -> None:
         self.socket = _listen(name, host, port)
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         self.name = name
         super().__init__(
             uvicorn.Config(
                 app,
-                http="httptools",
+                http=cast("Any", protocol or "httptools"),  # uvicorn calls it, whatever it is
                 ws="none",
                 lifespan="on",
                 log_config=None,

@@ -23,10 +23,12 @@ class Failure(StrEnum):
     CONNECT_TIMEOUT = "connect_timeout"  # no connection was made in time
     LOST = "lost"  # connected, then closed without an answer: the request may have been received
     LATE = "late"  # connected, and no byte of the answer in time: it is probably being worked on
+    ENGINE_FAILED = "engine_failed"  # answered with 500, 502, 503 or 504, or with an error as a stream's first event
     BROKEN = "broken"  # the answer ended before its end
 
 
 _NOTHING_WAS_SENT = frozenset({Failure.REFUSED, Failure.CONNECT_TIMEOUT})
+_NOTHING_WAS_DONE = frozenset({Failure.LOST, Failure.ENGINE_FAILED})
 
 
 def pick(
@@ -49,9 +51,14 @@ def pick(
     return rng.choice([endpoint for endpoint in candidates if in_flight.get(endpoint.url, 0) == fewest])
 
 
-def may_retry(failure: Failure) -> bool:
-    """Whether the same request may be sent to another endpoint: only if certainly none of it was received.
+def may_retry(failure: Failure, before: Collection[Failure] = (), *, is_repeatable: bool = True) -> bool:
+    """Whether the same request may be sent to another endpoint; `before`: the failures that it was sent again for.
 
-    A completion is a POST that costs GPU time and may call tools; sending it twice is never safe (RFC 9110, 9.2.2).
+    Always where certainly none of it was received. Where the engine failed, or its connection ended without a byte of an
+    answer, generation ends with it, and OpenAI's own clients would ask again: once, because a request that kills engines
+    must not be handed round; and not if the upstream may keep something of it (`is_repeatable`). One that is late is
+    being worked on.
     """
-    return failure in _NOTHING_WAS_SENT
+    if failure in _NOTHING_WAS_SENT:
+        return True
+    return failure in _NOTHING_WAS_DONE and is_repeatable and _NOTHING_WAS_DONE.isdisjoint(before)

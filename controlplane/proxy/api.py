@@ -1,11 +1,10 @@
-"""The data plane's routes, and what one request goes through.
+"""The data plane as uvicorn runs it: an HTTP protocol for what carries prompts, and an ASGI application for the rest.
 
-A request with a prompt: who asks (`auth`), read the body, which model, may the key use it and is it routable
-(`directory`), pass it on (`forward`). Models are listed from memory. This is a plain ASGI application: a framework's
-request and response objects would cost as much as all of the above.
+Reading order: `protocol` (a client's connection), `call` (one request), `upstreams` (connections to endpoints). Here are
+the model lists, what operators ask, and the life of what all requests share. Models are listed from memory.
 
 States: `/ready` is 503 until the directory was read once, and from then on 200, `degraded` while it cannot be read.
-Failures answer in OpenAI's shape (`errors`); each is one line in the log, without prompt or key.
+Failures answer in OpenAI's shape (`errors`).
 """
 
 from __future__ import annotations
@@ -13,57 +12,40 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Iterable
+from collections import Counter
+from functools import partial
 from random import Random
-from types import MappingProxyType
 
-from loguru import logger
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.types import Receive, Scope, Send
 
 from controlplane.clock import utc_now
-from controlplane.core.types import ApiKey, RoutableEndpoint, ServedModel
+from controlplane.core.types import ServedModel
 from controlplane.db import Database
 from controlplane.metrics import ProxyMetrics
-from controlplane.proxy.auth import authenticate, may_use
-from controlplane.proxy.directory import Directory, ModelState, Snapshot, retry_after_seconds, seconds_to_ready
+from controlplane.proxy._stubs import AccessLog, Limits, RetryBudget, Router, Usage, WaitingRooms
+from controlplane.proxy.auth import authenticate, credential_of, may_use
+from controlplane.proxy.directory import Directory, ModelState, Snapshot, seconds_to_ready
 from controlplane.proxy.errors import (
     ApiError,
     Headers,
     method_not_allowed,
     model_not_found,
-    model_paused,
-    model_starting,
     nothing_known_yet,
     unknown_route,
 )
-from controlplane.proxy.forward import Exchange, Forwarder
 from controlplane.proxy.options import ProxyOptions
-from controlplane.proxy.request import ClientLeft, ClientRequest, model_of, read_body, request_id_of
+from controlplane.proxy.plane import Plane
+from controlplane.proxy.protocol import ROUTES, ClientConnection
+from controlplane.proxy.request import header, request_id_of
 from controlplane.proxy.upstreams import Upstreams
-
-PASSED_ON = frozenset(
-    {
-        "/v1/chat/completions",
-        "/v1/completions",
-        "/v1/embeddings",
-        "/v1/responses",
-        "/v1/messages",
-        "/v1/rerank",
-        "/v1/score",
-        "/tokenize",
-        "/detokenize",
-    }
-)
-"""JSON routes whose body names a `model`: passed on and back unread otherwise."""
 
 _JSON = b"application/json"
 _FIRST_READ_SECONDS = 1.0  # so that the first request finds something; without PostgreSQL we start all the same
-_LONGEST_PAUSE_WORTH_WAITING_FOR_SECONDS = 60
 
 
 def create_app(db: Database, options: ProxyOptions, metrics: ProxyMetrics, *, rng: Random | None = None) -> Proxy:
-    """The data plane as an ASGI application. The caller opens and closes the database; lifespan does the rest."""
+    """The data plane. The caller opens and closes the database, and gives `Proxy.protocol` to uvicorn as `http`."""
     return Proxy(db, options, metrics, rng or Random())  # noqa: S311 - breaks ties, keeps no secret
 
 
@@ -71,23 +53,40 @@ class Proxy:
     def __init__(self, db: Database, options: ProxyOptions, metrics: ProxyMetrics, rng: Random) -> None:
         self._options = options
         self._metrics = metrics
-        self._upstreams = Upstreams(keepalive_seconds=options.keepalive_seconds, avoid_seconds=options.avoid_seconds)
         self._directory = Directory(db, refresh_seconds=options.refresh_seconds, on_read=self._follow)
-        self._forwarder = Forwarder(options, self._upstreams, rng)
+        self._plane = Plane(
+            options=options,
+            directory=self._directory,
+            upstreams=Upstreams(keepalive_seconds=options.keepalive_seconds),
+            router=Router(rng),
+            retries=RetryBudget(),
+            rooms=WaitingRooms(),
+            limits=Limits(),
+            usage=Usage(),
+            metrics=metrics,
+            log=AccessLog(),
+        )
+        self.protocol = partial(ClientConnection, plane=self._plane)
         metrics.directory_age_seconds.set_function(self._directory.age_seconds)
 
     @property
-    def in_flight(self) -> MappingProxyType[str, int]:
+    def in_flight(self) -> Counter[str]:
         """Requests in flight by the endpoint's URL; endpoints without any are absent."""
-        return MappingProxyType(self._upstreams.in_flight)
+        return self._plane.upstreams.in_flight
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._live(receive, send)
-        elif scope["path"].startswith("/v1/") or scope["path"] in PASSED_ON:
-            await self._serve(scope, receive, send)
-        else:
-            await self._serve_operators(scope, send)
+            return
+        answer = _Answer(scope)
+        try:
+            self._answer(scope, answer)
+        except ApiError as error:
+            answer.status, answer.body, answer.content_type = error.status, error.body(), _JSON
+            answer.headers = error.headers
+        await answer.send(send)
+        if scope["path"].startswith("/v1/"):
+            self._metrics.ended("", answer.tenant, answer.status, time.monotonic() - answer.started_at)
 
     # --- life ---------------------------------------------------------------------------------------------
 
@@ -96,121 +95,64 @@ class Proxy:
         async with asyncio.TaskGroup() as tasks:
             first = tasks.create_task(self._directory.refresh())
             await asyncio.wait([first], timeout=_FIRST_READ_SECONDS)
-            background = [first, *map(tasks.create_task, (self._directory.run(), self._upstreams.sweep()))]
+            background = [first, *map(tasks.create_task, (self._directory.run(), self._tick()))]
             await send({"type": "lifespan.startup.complete"})
             await receive()
             for task in background:
                 task.cancel()
-        await self._upstreams.close()
+        self._plane.upstreams.close()
         await send({"type": "lifespan.shutdown.complete"})
 
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(self._options.tick_seconds)
+            self._plane.tick()
+
     def _follow(self, snapshot: Snapshot) -> None:
-        self._upstreams.keep({endpoint.url for those in snapshot.endpoints.values() for endpoint in those})
+        upstreams = self._plane.upstreams.follow(snapshot.endpoints)
+        self._plane.router.follow(upstreams, {}, utc_now())
+        self._plane.rooms.follow(snapshot, self._plane.now)
 
-    # --- clients ------------------------------------------------------------------------------------------
+    # --- answers ------------------------------------------------------------------------------------------
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        call = _Call(request_id_of(scope["headers"]))
-        try:
-            if scope["path"] in PASSED_ON:
-                await self._pass_on(call, scope, receive, send)
-            else:
-                body = self._models(call, scope)
-                call.exchange.status = 200
-                await _respond(send, 200, body, request_id=call.request_id)
-        except ApiError as error:
-            call.exchange.status = error.status
-            call.code = error.code
-            await _respond(send, error.status, error.body(), headers=error.headers, request_id=call.request_id)
-        except ClientLeft:
-            call.exchange.client_left = True
-        self._record(call)
-
-    async def _pass_on(self, call: _Call, scope: Scope, receive: Receive, send: Send) -> None:
-        _allow(scope, "POST")
-        headers = scope["headers"]
-        _, key = self._admit(call, scope)
-        body = await read_body(receive, headers, self._options.max_body_bytes)
-        call.received_at = time.monotonic()
-        model = model_of(body)
-        self._check_route(call, key, model)
-        request = ClientRequest(scope["path"].encode(), scope["query_string"], headers, body, call.request_id)
-        in_flight = self._metrics.in_flight.labels(model)
-        in_flight.inc()
-        try:
-            await self._forwarder.forward(request, lambda: self._routable(model), call.exchange, receive, send)
-        finally:
-            in_flight.dec()
-
-    def _admit(self, call: _Call, scope: Scope) -> tuple[Snapshot, ApiKey]:
-        snapshot = self._directory.snapshot
-        if snapshot is None:
-            raise nothing_known_yet()
-        key = authenticate(scope["headers"], snapshot.keys, utc_now())
-        call.tenant = key.tenant
-        return snapshot, key
-
-    def _routable(self, name: str) -> tuple[RoutableEndpoint, ...]:
-        """Where the model is served now: asked anew for each try, because what was routable may be drained since."""
-        snapshot = self._directory.snapshot
-        return () if snapshot is None else snapshot.endpoints.get(name, ())
-
-    def _check_route(self, call: _Call, key: ApiKey, name: str) -> None:
-        """Raises ApiError that says why the model is served nowhere. A body takes its time: by what is known now."""
-        snapshot = self._directory.snapshot
-        model = None if snapshot is None else snapshot.models.get(name)
-        if snapshot is None or model is None or not may_use(key, name):
-            raise model_not_found(name)
-        call.model = name
-        now = utc_now()
-        match snapshot.state_of(model):
-            case ModelState.ROUTABLE:
-                return
-            case ModelState.PAUSED:
-                left = (model.paused_until - now).total_seconds() if model.paused_until else None
-                is_near = left is not None and left <= _LONGEST_PAUSE_WORTH_WAITING_FOR_SECONDS
-                raise model_paused(name, retry_after_seconds(left) if is_near else None)
-            case _:
-                raise model_starting(name, retry_after_seconds(seconds_to_ready(model, now)))
-
-    def _models(self, call: _Call, scope: Scope) -> bytes:
-        """`/v1/models`, all that the key may use, and `/v1/models/{id}`; ids may contain slashes."""
-        path: str = scope["path"]
-        name = path.removeprefix("/v1/models/")
-        if path != "/v1/models" and (name == path or not name):
-            raise unknown_route(scope["method"], path)
-        _allow(scope, "GET", "HEAD")
-        snapshot, key = self._admit(call, scope)
-        usable = {model.model: model for model in snapshot.models.values() if may_use(key, model.model)}
-        if path == "/v1/models":
-            return _json({"object": "list", "data": [_shown(model, snapshot) for model in usable.values()]})
-        if name not in usable:
-            raise model_not_found(name)
-        return _json(_shown(usable[name], snapshot))
-
-    # --- operators ----------------------------------------------------------------------------------------
-
-    async def _serve_operators(self, scope: Scope, send: Send) -> None:
-        request_id = request_id_of(scope["headers"])
-        try:
-            status, body, content_type = self._operators_answer(scope)
-            await _respond(send, status, body, content_type=content_type, request_id=request_id)
-        except ApiError as error:
-            await _respond(send, error.status, error.body(), headers=error.headers, request_id=request_id)
-
-    def _operators_answer(self, scope: Scope) -> tuple[int, bytes, bytes]:
+    def _answer(self, scope: Scope, answer: _Answer) -> None:
+        """Raises ApiError."""
         match scope["path"]:
             case "/health":
                 _allow(scope, "GET", "HEAD")
-                return 200, _json({"status": "ok"}), _JSON
+                answer.body = _json({"status": "ok"})
             case "/ready":
                 _allow(scope, "GET", "HEAD")
-                return *self._readiness(), _JSON
+                answer.status, answer.body = self._readiness()
             case "/metrics":
                 _allow(scope, "GET", "HEAD")
-                return 200, generate_latest(self._metrics.registry), CONTENT_TYPE_LATEST.encode()
+                answer.body = generate_latest(self._metrics.registry)
+                answer.content_type = CONTENT_TYPE_LATEST.encode()
+            case path if path == "/v1/models" or (path.startswith("/v1/models/") and path != "/v1/models/"):
+                _allow(scope, "GET", "HEAD")
+                answer.body = self._models(scope, answer)
+            case path if path.encode() in ROUTES:
+                raise method_not_allowed(scope["method"], path, "POST")
             case path:
                 raise unknown_route(scope["method"], path)
+
+    def _models(self, scope: Scope, answer: _Answer) -> bytes:
+        """`/v1/models`, all that the key may use, and `/v1/models/{id}`; ids may contain slashes."""
+        snapshot = self._directory.snapshot
+        if snapshot is None:
+            raise nothing_known_yet()
+        headers = scope["headers"]
+        key = authenticate(
+            credential_of(header(headers, b"authorization"), header(headers, b"x-api-key")), snapshot.keys
+        )
+        answer.tenant = key.tenant
+        usable = {model.model: model for model in snapshot.models.values() if may_use(key, model.model)}
+        if scope["path"] == "/v1/models":
+            return _json({"object": "list", "data": [_shown(model, snapshot) for model in usable.values()]})
+        name = scope["path"].removeprefix("/v1/models/")
+        if name not in usable:
+            raise model_not_found(name)
+        return _json(_shown(usable[name], snapshot))
 
     def _readiness(self) -> tuple[int, bytes]:
         problem = self._directory.problem()
@@ -219,61 +161,6 @@ class Proxy:
         if problem is not None:
             return 200, _json({"status": "degraded", "message": problem})
         return 200, _json({"status": "ready"})
-
-    # --- afterwards ---------------------------------------------------------------------------------------
-
-    def _record(self, call: _Call) -> None:
-        """Metrics, and one line for the log. Only models that exist become label values; others count under ""."""
-        exchange, metrics, now = call.exchange, self._metrics, time.monotonic()
-        metrics.requests.labels(call.model, call.tenant, exchange.status).inc()
-        for failure in exchange.retries:
-            metrics.upstream_retries.labels(call.model, failure.value).inc()
-        if exchange.client_left:
-            metrics.client_disconnects.labels(call.model).inc()
-        if call.model:
-            metrics.request_seconds.labels(call.model).observe(now - call.started_at)
-        is_broken = exchange.failure is not None and exchange.first_byte_at is not None
-        if is_broken:
-            metrics.broken_streams.labels(call.model).inc()
-        if exchange.first_byte_at is not None:
-            metrics.first_byte_seconds.labels(call.model).observe(exchange.first_byte_at - call.started_at)
-            metrics.overhead_seconds.observe(
-                max(0.0, exchange.first_byte_at - call.received_at - exchange.waited_seconds)
-            )
-        if is_broken or (exchange.status >= 500 and not exchange.client_left):
-            level = "WARNING"
-        elif exchange.status >= 400 and not exchange.client_left:
-            level = "INFO"
-        else:
-            level = "DEBUG"
-        logger.log(
-            level,
-            "request failed" if level != "DEBUG" else "request ended",
-            request_id=call.request_id.decode(),
-            tenant=call.tenant,
-            model=call.model,
-            status=exchange.status,
-            code=call.code,
-            upstream=exchange.upstream,
-            failure=exchange.failure and exchange.failure.value,
-            retries=len(exchange.retries),
-            client_left=exchange.client_left,
-            seconds=round(now - call.started_at, 3),
-        )
-
-
-class _Call:
-    """What is known of a request while it is served."""
-
-    __slots__ = ("code", "exchange", "model", "received_at", "request_id", "started_at", "tenant")
-
-    def __init__(self, request_id: bytes) -> None:
-        self.request_id = request_id
-        self.exchange = Exchange()
-        self.tenant = ""
-        self.model = ""
-        self.code: str | None = None
-        self.started_at = self.received_at = time.monotonic()  # received: with its whole body
 
 
 def _allow(scope: Scope, *methods: str) -> None:
@@ -301,19 +188,23 @@ def _json(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
 
 
-async def _respond(
-    send: Send,
-    status: int,
-    body: bytes,
-    *,
-    request_id: bytes,
-    headers: Headers = (),
-    content_type: bytes = _JSON,
-) -> None:
-    own: Iterable[tuple[bytes, bytes]] = (
-        (b"content-type", content_type),
-        (b"content-length", str(len(body)).encode()),
-        (b"x-request-id", request_id),
-    )
-    await send({"type": "http.response.start", "status": status, "headers": [*own, *headers]})
-    await send({"type": "http.response.body", "body": body})
+class _Answer:
+    """What is answered at once, out of memory."""
+
+    def __init__(self, scope: Scope) -> None:
+        self.started_at = time.monotonic()
+        self.tenant = ""
+        self.status = 200
+        self.body = b""
+        self.content_type = _JSON
+        self.headers: Headers = ()
+        self._request_id = request_id_of(header(scope["headers"], b"x-request-id"))
+
+    async def send(self, send: Send) -> None:
+        own: Headers = (
+            (b"content-type", self.content_type),
+            (b"content-length", str(len(self.body)).encode()),
+            (b"x-request-id", self._request_id),
+        )
+        await send({"type": "http.response.start", "status": self.status, "headers": [*own, *self.headers]})
+        await send({"type": "http.response.body", "body": self.body})

@@ -1,73 +1,60 @@
-"""What a client sends, as far as it must be understood to be routed: its id, its body, the model that it names.
+"""What a client sends, as far as it must be understood to be routed.
 
-The body is kept as the bytes that came; `model` is read out of it and nothing else.
+The body is kept as the bytes that came. A few fields are read out of it: the model, whether it streams, how many tokens
+it may cost. msgspec reads them and skips the rest without building it, which takes a tenth of what `json` takes.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from random import getrandbits
 
-from starlette.types import Receive
+import msgspec
 
-from controlplane.proxy.errors import invalid_request, request_too_large
+from controlplane.proxy.errors import invalid_request
 
 RawHeaders = Iterable[tuple[bytes, bytes]]
 
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+_ABSENT = msgspec.Raw()
+_ASKS_FOR_USAGE = b'"stream_options":{"include_usage":true}'
 
 
-class ClientLeft(Exception):
-    """Nobody waits for an answer any more."""
+class Asked(msgspec.Struct, gc=False):
+    """The fields of a JSON body that concern the proxy; all others are the upstream's business."""
+
+    model: str
+    stream: bool = False
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    max_output_tokens: int | None = None
+    stream_options: msgspec.Raw = _ABSENT
+
+    @property
+    def most_tokens(self) -> int | None:
+        """How many tokens the answer may have; None: the client leaves it to the model."""
+        limits = (self.max_completion_tokens, self.max_tokens, self.max_output_tokens)
+        return next((limit for limit in limits if limit is not None), None)
 
 
-@dataclass(frozen=True, slots=True)
-class ClientRequest:
-    """A request that is to be passed on. Path and query are as the client wrote them."""
-
-    path: bytes
-    query: bytes
-    headers: RawHeaders
-    body: bytes
-    request_id: bytes
+_decode: Callable[[bytes], Asked] = msgspec.json.Decoder(Asked).decode
 
 
-def header(headers: RawHeaders, name: bytes) -> bytes | None:
-    """The first header of that name; names are lower-case, as ASGI has them."""
-    return next((value for key, value in headers if key == name), None)
+def read_asked(body: bytes) -> Asked:
+    """Raises ApiError that says what is wrong with the body, and with which parameter."""
+    try:
+        asked = _decode(body)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        asked = _read_leniently(body)
+    if not asked.model:
+        raise invalid_request("The model parameter must be a string that is not empty.", param="model")
+    return asked
 
 
-def request_id_of(headers: RawHeaders) -> bytes:
-    """The client's own id if it is fit for a log line and a header, else a new one."""
-    given = header(headers, b"x-request-id")
-    return given if given is not None and _SANE_ID.fullmatch(given) else os.urandom(16).hex().encode()
-
-
-async def read_body(receive: Receive, headers: RawHeaders, limit: int) -> bytes:
-    """The whole body. Raises ApiError when it is larger than `limit`, announced or not, and ClientLeft."""
-    announced = header(headers, b"content-length")
-    if announced is not None and int(announced) > limit:
-        raise request_too_large(limit)
-    pieces: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientLeft
-        piece = message.get("body", b"")
-        size += len(piece)
-        if size > limit:
-            raise request_too_large(limit)
-        pieces.append(piece)
-        if not message.get("more_body", False):
-            return b"".join(pieces) if len(pieces) > 1 else piece
-
-
-def model_of(body: bytes) -> str:
-    """The model that a JSON body names. Raises ApiError that says what is wrong, and with which parameter."""
+def _read_leniently(body: bytes) -> Asked:
+    """For bodies that are odd and yet the upstream's to judge: `NaN`, a `max_tokens` of 1e3, `stream: "yes"`."""
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -77,6 +64,43 @@ def model_of(body: bytes) -> str:
     model = fields.get("model")
     if model is None:
         raise invalid_request("You must provide a model parameter.", param="model")
-    if not isinstance(model, str) or not model:
+    if not isinstance(model, str):
         raise invalid_request("The model parameter must be a string that is not empty.", param="model")
-    return model
+    options = fields.get("stream_options")
+    return Asked(
+        model=model,
+        stream=fields.get("stream") is True,
+        stream_options=_ABSENT if options is None else msgspec.Raw(json.dumps(options).encode()),
+    )
+
+
+def asks_for_usage(asked: Asked) -> bool:
+    """Whether the client itself wants to be told in its stream how many tokens were used."""
+    options = json.loads(bytes(asked.stream_options) or b"null")
+    return isinstance(options, dict) and options.get("include_usage") is True
+
+
+def with_usage_asked_for(body: bytes, asked: Asked) -> bytes:
+    """The body, asking for the usage of a stream as well. All other bytes stay as they are."""
+    if b'"stream_options"' not in body:
+        at = body.index(b"{") + 1
+        return b"%b%b,%b" % (body[:at], _ASKS_FOR_USAGE, body[at:])
+    # Of two equal keys the last one counts (RFC 8259 leaves it open; Python's parser, hence vLLM, does it so).
+    given = json.loads(bytes(asked.stream_options) or b"null")
+    if given is not None and not isinstance(given, dict):
+        return body  # nonsense, which is the upstream's to refuse
+    options = json.dumps({**(given or {}), "include_usage": True}, separators=(",", ":")).encode()
+    at = body.rindex(b"}")
+    return b'%b,"stream_options":%b%b' % (body[:at], options, body[at:])
+
+
+def request_id_of(given: bytes | None) -> bytes:
+    """The client's own id if it is fit for a log line and a header, else a new one."""
+    return given if given is not None and _SANE_ID.fullmatch(given) else b"%032x" % getrandbits(128)
+
+
+def header(headers: RawHeaders, name: bytes) -> bytes | None:
+    """The first header of that name; names are lower-case."""
+    return next((value for key, value in headers if key == name), None)
+
+

@@ -291,7 +291,7 @@ async def running_proxy(db: Database, options: ProxyOptions = QUICK, *, key: str
     bound.bind(("127.0.0.1", 0))
     port: int = bound.getsockname()[1]
     config = uvicorn.Config(
-        app, http="httptools", ws="none", lifespan="on", log_config=None, access_log=False, backlog=1024
+        app, http=app.protocol, ws="none", lifespan="on", log_config=None, access_log=False, backlog=1024
     )
     server = _Server(config)
     serving = asyncio.create_task(server.serve(sockets=[bound]))

@@ -205,11 +205,10 @@ async def test_requests_go_to_the_endpoint_with_the_fewest_in_flight(db: Databas
 
 
 async def test_a_refused_connection_is_tried_at_another_endpoint_and_avoided_for_a_while(db: Database) -> None:
-    options = replace(QUICK, avoid_seconds=60.0)
     with refusing_url() as dead:
         async with upstream(reply) as alive:
             await make_routable(db, dead, alive.url)
-            async with running_proxy(db, options, key=await make_key(db)) as proxy:
+            async with running_proxy(db, key=await make_key(db)) as proxy:
                 answers = [await proxy.chat() for _ in range(20)]
                 assert {answer.status_code for answer in answers} == {200}
                 assert proxy.metric("proxy_upstream_retries_total", model=MODEL, reason="refused") == 1
@@ -218,11 +217,10 @@ async def test_a_refused_connection_is_tried_at_another_endpoint_and_avoided_for
 
 
 async def test_a_node_that_does_not_answer_the_connect_is_tried_at_another_endpoint(db: Database) -> None:
-    options = replace(QUICK, avoid_seconds=60.0)
     with silent_url() as silent:
         async with upstream(reply) as alive:
             await make_routable(db, silent, alive.url)
-            async with running_proxy(db, options, key=await make_key(db)) as proxy:
+            async with running_proxy(db, key=await make_key(db)) as proxy:
                 answers = [await proxy.chat() for _ in range(20)]
                 assert {answer.status_code for answer in answers} == {200}
                 assert proxy.metric("proxy_upstream_retries_total", model=MODEL, reason="connect_timeout") == 1
@@ -277,31 +275,97 @@ async def test_an_endpoint_that_left_while_another_was_tried_gets_no_request(db:
 
 
 async def test_an_endpoint_that_is_avoided_is_still_used_when_there_is_no_other(db: Database) -> None:
-    options = replace(QUICK, avoid_seconds=60.0)
     with refusing_url() as dead:
         await make_routable(db, dead)
-        async with running_proxy(db, options, key=await make_key(db)) as proxy:
+        async with running_proxy(db, key=await make_key(db)) as proxy:
             assert (await proxy.chat()).status_code == 502
             assert (await proxy.chat()).status_code == 502
 
 
-async def test_a_request_that_may_have_been_received_is_never_sent_again(db: Database) -> None:
+async def test_a_request_that_is_dropped_without_an_answer_is_sent_to_one_other_endpoint_and_no_third(
+    db: Database,
+) -> None:
+    async def swallow(request: Received, connection: Connection) -> None:
+        connection.close()
+
+    async with upstream(swallow) as one, upstream(swallow) as two, upstream(swallow) as three:
+        await make_routable(db, one.url, two.url, three.url)
+        async with running_proxy(db, key=await make_key(db)) as proxy:
+            response = await proxy.chat()
+            assert response.status_code == 502
+            assert error_of(response)["code"] == "upstream_error"
+            assert sorted(len(each.requests) for each in (one, two, three)) == [0, 1, 1]
+            assert proxy.metric("proxy_upstream_retries_total", model=MODEL, reason="lost") == 1
+            assert not proxy.app.in_flight
+
+
+async def test_what_an_upstream_may_keep_is_never_sent_twice(db: Database) -> None:
     async def swallow(request: Received, connection: Connection) -> None:
         connection.close()
 
     async with upstream(swallow) as one, upstream(swallow) as two:
         await make_routable(db, one.url, two.url)
         async with running_proxy(db, key=await make_key(db)) as proxy:
-            response = await proxy.chat()
+            response = await proxy.client.post("/v1/responses", json={"model": MODEL, "background": True})
             assert response.status_code == 502
-            assert error_of(response)["code"] == "upstream_error"
             assert len(one.requests) + len(two.requests) == 1
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_an_engine_that_fails_before_its_answer_began_is_replaced_by_another(
+    db: Database, is_streamed: bool
+) -> None:
+    async def fail(request: Received, connection: Connection) -> None:
+        error = '{"error":{"message":"EngineCore died","type":"InternalServerError","param":null,"code":500}}'
+        if not is_streamed:
+            await connection.answer(error.encode(), status="500 Internal Server Error")
+            return
+        await connection.begin_stream()
+        await connection.chunk(b": keep-alive\n\n")  # vLLM sends these while a request is queued
+        await connection.event(error)
+        await connection.event("[DONE]")
+        await connection.end_stream()
+
+    async def well(request: Received, connection: Connection) -> None:
+        if not is_streamed:
+            await connection.answer(REPLY)
+            return
+        await connection.begin_stream()
+        await connection.event('{"delta":"a"}')
+        await connection.end_stream()
+
+    async with upstream(fail) as broken, upstream(well) as alive:
+        await make_routable(db, broken.url, alive.url)
+        async with running_proxy(db, key=await make_key(db)) as proxy:
+            answers = [await proxy.chat(stream=is_streamed) for _ in range(6)]
+            assert {(answer.status_code, answer.content) for answer in answers} == {
+                (200, b'data: {"delta":"a"}\n\n' if is_streamed else REPLY)
+            }
+            assert broken.requests
+            assert proxy.metric("proxy_upstream_retries_total", model=MODEL, reason="engine_failed") >= 1
+
+
+async def test_a_stream_that_begins_with_an_error_is_answered_with_its_status(db: Database) -> None:
+    error = b'{"error":{"message":"queue is full","type":"Service Unavailable","param":null,"code":503}}'
+
+    async def full(request: Received, connection: Connection) -> None:
+        await connection.begin_stream()
+        await connection.event(error.decode())
+        await connection.event("[DONE]")
+        await connection.end_stream()
+
+    async with upstream(full) as server:
+        await make_routable(db, server.url)
+        async with running_proxy(db, key=await make_key(db)) as proxy:
+            answer = await proxy.chat(stream=True)
+            assert (answer.status_code, answer.content) == (503, error)
+            assert answer.headers["content-type"] == "application/json"
             assert not proxy.app.in_flight
 
 
-async def test_a_kept_connection_that_dies_with_a_request_on_it_is_not_tried_again(db: Database) -> None:
+async def test_a_kept_connection_that_dies_under_a_request_is_replaced_by_a_fresh_one_once(db: Database) -> None:
     async def only_once(request: Received, connection: Connection) -> None:
-        if connection.number == 0 and len(server.requests) == 2:
+        if len(server.requests) in (2, 5, 6):
             connection.close()
         else:
             await connection.answer(REPLY)
@@ -309,8 +373,8 @@ async def test_a_kept_connection_that_dies_with_a_request_on_it_is_not_tried_aga
     async with upstream(only_once) as server:
         await make_routable(db, server.url)
         async with running_proxy(db, key=await make_key(db)) as proxy:
-            assert [(await proxy.chat()).status_code for _ in range(3)] == [200, 502, 200]
-    assert (len(server.requests), server.connections) == (3, 2)
+            assert [(await proxy.chat()).status_code for _ in range(4)] == [200, 200, 200, 502]
+    assert (len(server.requests), server.connections) == (6, 3)
 
 
 async def test_a_kept_connection_that_the_upstream_has_closed_is_replaced_unnoticed(db: Database) -> None:
@@ -407,10 +471,10 @@ async def test_a_stream_that_breaks_ends_with_one_error_event_and_no_done(db: Da
     assert rest == ""
 
 
-async def test_an_error_event_is_an_event_of_its_own_even_after_half_an_event(db: Database) -> None:
+async def test_an_event_whose_end_never_came_is_not_passed_on(db: Database) -> None:
     response, _ = await broken_stream(db, b'data: {"del')
-    first, half, last, rest = response.text.split("\n\n")
-    assert (first, half, rest) == ('data: {"delta":"a"}', 'data: {"del', "")
+    first, last, rest = response.text.split("\n\n")
+    assert (first, rest) == ('data: {"delta":"a"}', "")
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "upstream_error"
 
 
@@ -430,6 +494,91 @@ async def test_a_body_that_breaks_off_reaches_the_client_visibly_short(db: Datab
                 with pytest.raises(httpx.RemoteProtocolError):
                     await proxy.chat()
                 await eventually(lambda: proxy.metric("proxy_broken_streams_total", model=MODEL) == 1)
+
+
+# --- what a stream is asked and told on its way ----------------------------------------------------------
+
+
+USAGE = '{"id":"x","choices":[],"usage":{"prompt_tokens":7,"total_tokens":9,"completion_tokens":2}}'
+
+
+@pytest.mark.parametrize("asks", [False, True])
+@pytest.mark.parametrize("cut", [None, 1, 30, 60])
+async def test_a_streams_usage_is_asked_for_and_hidden_from_who_did_not_ask(
+    db: Database, asks: bool, cut: int | None
+) -> None:
+    events = [b'data: {"id":"x","choices":[{"delta":{"content":"\\"usage\\": {}"}}]}\n\n', b"data: [DONE]\n\n"]
+    usage = f"data: {USAGE}\n\n".encode()
+
+    async def tell(request: Received, connection: Connection) -> None:
+        whole = events[0] + usage + events[1]
+        await connection.begin_stream()
+        for start in range(0, len(whole), cut or len(whole)):
+            await connection.chunk(whole[start : start + (cut or len(whole))])
+        await connection.end_stream()
+
+    options = {"stream_options": {"include_usage": True, "other": 1}} if asks else {}
+    async with upstream(tell) as server:
+        await make_routable(db, server.url)
+        async with running_proxy(db, key=await make_key(db)) as proxy:
+            response = await proxy.chat(stream=True, **options)
+    assert response.content == (events[0] + usage + events[1] if asks else b"".join(events))
+    [request] = server.requests
+    assert json.loads(request.body)["stream_options"]["include_usage"] is True
+    sent = json.dumps({"model": MODEL, "messages": [], "stream": True, **options}, separators=(",", ":"))
+    without = request.body.decode().replace('"stream_options":{"include_usage":true},', "", 0 if asks else 1)
+    assert json.loads(without) == json.loads(sent)
+
+
+async def test_a_silent_stream_is_kept_alive_by_comments_and_still_tells_an_error(db: Database) -> None:
+    go_on = asyncio.Event()
+
+    async def slow(request: Received, connection: Connection) -> None:
+        if b"refuse" in request.body:
+            await go_on.wait()
+            await connection.answer(b'{"error":{"message":"no"}}', status="400 Bad Request")
+            return
+        await connection.begin_stream()
+        await go_on.wait()
+        await connection.event("1")
+        go_on.clear()
+        await go_on.wait()
+        await connection.event("[DONE]")
+        await connection.end_stream()
+
+    comment = b": keep-alive\n\n"
+    async with upstream(slow) as server:
+        await make_routable(db, server.url)
+        options = replace(QUICK, keepalive_comment_seconds=0.1)
+        async with running_proxy(db, options, key=await make_key(db)) as proxy:
+            async with proxy.client.stream("POST", CHAT, json={"model": MODEL, "stream": True}) as response:
+                pieces = response.aiter_raw()
+                assert [await anext(pieces), await anext(pieces)] == [comment, comment]
+                go_on.set()
+                got = b"".join([piece async for piece in _until(pieces, b"1\n\n")])
+                assert got.removeprefix(comment) == b"data: 1\n\n"
+                assert await anext(pieces) == comment
+                go_on.set()
+                rest = b"".join([piece async for piece in pieces])
+                assert rest.replace(comment, b"") == b"data: [DONE]\n\n"
+                assert response.headers["content-type"].startswith("text/event-stream")
+            go_on.clear()
+            body = {"model": MODEL, "stream": True, "user": "refuse"}
+            async with proxy.client.stream("POST", CHAT, json=body) as response:
+                pieces = response.aiter_raw()
+                assert await anext(pieces) == comment
+                go_on.set()
+                rest = b"".join([piece async for piece in pieces])
+            assert rest.replace(comment, b"") == b'data: {"error":{"message":"no"}}\n\n'
+            plain = asyncio.create_task(proxy.chat(user="refuse"))
+            assert (await plain).status_code == 400  # who does not stream gets no comments
+
+
+async def _until(pieces: AsyncIterator[bytes], end: bytes) -> AsyncIterator[bytes]:
+    async for piece in pieces:
+        yield piece
+        if piece.endswith(end):
+            return
 
 
 # --- clients that leave ----------------------------------------------------------------------------------

@@ -1,0 +1,689 @@
+"""One request with a prompt, from its whole body to the last byte of its answer.
+
+    ADMITTED -> WAITING -> CONNECTING -> ASKED -> ANSWERING -> over
+
+WAITING is for a replica that starts, or for a place at one that is full (`waiting`); most calls pass through it in no
+time. From CONNECTING and ASKED a call may go back to another endpoint: where no connection was made, where it was lost
+without an answer, or where the answer is a failure of the engine, in its status or in a stream's first event. Each
+endpoint is tried once, within a budget of retries, and nothing is sent to the client before that is decided. A first
+byte that is late is not tried again: the request is being worked on.
+
+Nothing here waits. The event loop calls in: the connections (`upstreams`), the room, the client's connection when its
+client is gone, and its deadline, of which there is one a call. Whatever happens, a call ends once, in `_end`: there its
+place, its connection, its share of the limits are given back, and what became of it is counted and told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from enum import Enum, auto
+from typing import TYPE_CHECKING
+
+from controlplane.clock import utc_now
+from controlplane.core.balancing import Failure, may_retry
+from controlplane.core.types import ApiKey, RoutableEndpoint
+from controlplane.proxy import wire
+from controlplane.proxy.auth import may_use
+from controlplane.proxy.errors import (
+    ApiError,
+    model_not_found,
+    nothing_known_yet,
+    upstream_error,
+    upstream_timeout,
+)
+from controlplane.proxy.request import Asked, asks_for_usage, read_asked, with_usage_asked_for
+from controlplane.proxy.tokens import BodyReader, EventReader, TokenCount, error_in, first_event
+from controlplane.proxy.upstreams import Head, Upstream, UpstreamConnection
+
+if TYPE_CHECKING:
+    from controlplane.proxy.limits import Grant
+    from controlplane.proxy.plane import Plane
+    from controlplane.proxy.protocol import ClientConnection
+    from controlplane.proxy.waiting import Waiting
+
+TELLS_USAGE_IF_ASKED = frozenset({b"/v1/chat/completions", b"/v1/completions"})
+"""Streams of these say what they cost only if the request asks for it."""
+
+NOT_SENT_TWICE = frozenset({b"/v1/responses"})
+"""What an upstream may keep of such a request outlives the connection; all others end with it."""
+
+_ENGINE_FAILED = frozenset({500, 502, 503, 504})
+_STALE_SECONDS = 1.0  # a server that had closed an idle connection says so as soon as a request arrives on it
+_LONGEST_OPENING = 65536  # of a stream whose first event is not whole
+_BYTES_A_TOKEN = 4  # about; only where nobody has counted
+_COMMENT = b": keep-alive\n\n"
+_EVENT_STREAM = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+)
+_SAID_OF_STREAMS = frozenset({b"cache-control", b"x-accel-buffering"})
+CLIENT_LEFT = 499  # for metrics and the log: nobody was answered
+
+
+class Request:
+    """A request as it was read. `headers` are those that may be sent on, as the lines of a head."""
+
+    __slots__ = ("body", "fields", "headers", "is_http_10", "path", "query", "received_at", "request_id", "started_at")
+
+    def __init__(self, path: bytes, query: bytes, *, started_at: float) -> None:
+        self.path = path
+        self.query = query  # with its question mark, or empty
+        self.fields: list[tuple[bytes, bytes]] = []  # all that came
+        self.headers = b""
+        self.request_id = b""
+        self.is_http_10 = False
+        self.body = b""
+        self.started_at = self.received_at = started_at  # received: with its whole body
+
+
+class Phase(Enum):
+    ADMITTED = auto()
+    WAITING = auto()
+    CONNECTING = auto()
+    ASKED = auto()
+    ANSWERING = auto()
+    OVER = auto()
+
+
+class Call:
+    __slots__ = (
+        "_asked",
+        "_body",
+        "_breaks_at",
+        "_client",
+        "_connecting",
+        "_connection",
+        "_events",
+        "_first_byte_at",
+        "_grant",
+        "_has_begun",
+        "_has_place",
+        "_head",
+        "_heard_at",
+        "_hides_usage",
+        "_is_chunked",
+        "_key",
+        "_opening",
+        "_overhead",
+        "_patience",
+        "_phase",
+        "_pieces",
+        "_plane",
+        "_reader",
+        "_retries",
+        "_sent_at",
+        "_tried",
+        "_upstream",
+        "_waiting",
+        "code",
+        "endpoint",
+        "failure",
+        "has_client_left",
+        "model",
+        "request",
+        "status",
+        "tenant",
+    )
+
+    def __init__(self, plane: Plane, client: ClientConnection, request: Request, key: ApiKey | None) -> None:
+        self._plane = plane
+        self._client = client
+        self.request = request
+        self._key = key
+        self.tenant = key.tenant if key is not None else ""
+        self.model = ""
+        self.status = CLIENT_LEFT
+        self.code: str | None = None
+        self.failure: Failure | None = None
+        self.has_client_left = False
+        self.endpoint: RoutableEndpoint | None = None  # the last one tried
+        self._phase = Phase.ADMITTED
+        self._asked: Asked
+        self._body = request.body
+        self._grant: Grant | None = None
+        self._waiting: Waiting | None = None
+        self._has_place = False
+        self._tried: tuple[str, ...] = ()
+        self._retries: tuple[Failure, ...] = ()
+        self._upstream: Upstream | None = None
+        self._connecting: asyncio.Task[None] | None = None
+        self._connection: UpstreamConnection | None = None
+        self._head: Head | None = None
+        self._opening = b""
+        self._events: EventReader | None = None
+        self._reader: BodyReader | None = None
+        self._hides_usage = False
+        self._has_begun = False  # something was sent to the client
+        self._is_chunked = False
+        self._pieces = 0
+        self._overhead = 0.0
+        self._first_byte_at = 0.0
+        self._sent_at = 0.0
+        self._heard_at = 0.0
+        self._breaks_at = math.inf
+        self._patience = 0.0
+
+    # --- on its way to an upstream ------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """The request is whole. Answers it, or sees to it that it will be."""
+        try:
+            self._admit()
+        except ApiError as error:
+            self.refuse(error)
+
+    def _admit(self) -> None:
+        """Raises ApiError."""
+        plane, request, key = self._plane, self.request, self._key
+        assert key is not None  # or it would have been refused
+        asked = self._asked = read_asked(request.body)
+        model = asked.model
+        snapshot = plane.directory.snapshot
+        if snapshot is None:
+            raise nothing_known_yet()
+        if model not in snapshot.models or not may_use(key, model):
+            raise model_not_found(model)
+        self.model = model
+        now = time.monotonic()
+        self._grant = plane.limits.admit(key.tenant, len(request.body), asked.most_tokens, now)
+        if asked.stream and request.path in TELLS_USAGE_IF_ASKED and not asks_for_usage(asked):
+            self._hides_usage = True
+            self._body = with_usage_asked_for(request.body, asked)
+        self._enter(now)
+
+    def _enter(self, now: float) -> None:
+        """Take a place at the model, or wait for one. Raises ApiError."""
+        rooms = self._plane.rooms
+        if rooms.enter(self.model, self.tenant):
+            self._take_turn(now)
+            return
+        self._phase = Phase.WAITING
+        self._waiting = rooms.wait(
+            self.model, self.tenant, self._let_in, self._turned_away, now, is_stream=self._asked.stream
+        )
+        self._breaks_at = math.inf  # the room has the deadline
+        self._await_silence(now)
+
+    def _let_in(self) -> None:
+        self._waiting = None
+        now = time.monotonic()
+        self.request.received_at = now  # what was waited for is not the proxy's own time
+        self._take_turn(now)
+
+    def _turned_away(self, error: ApiError) -> None:
+        self._waiting = None
+        self.refuse(error)
+
+    def _take_turn(self, now: float) -> None:
+        self._has_place = True
+        plane = self._plane
+        plane.metrics.in_flight[self.model] += 1
+        upstream = self._another(now)
+        if upstream is not None:
+            self._go(upstream, now)
+            self._overhead = time.monotonic() - self.request.received_at
+            return
+        self._give_place_back()  # what was routable has left in this moment
+        try:
+            self._enter(now)
+        except ApiError as error:
+            self.refuse(error)
+
+    def _another(self, now: float) -> Upstream | None:
+        """An endpoint that was not tried, of those that are routable now: a drain counts on that."""
+        plane, model = self._plane, self.model
+        affinity = None
+        if plane.router.wants_affinity(model):
+            affinity = plane.router.affinity_of(model, self.request.fields, self.request.body)
+        return plane.router.pick(model, affinity, self._tried, now)
+
+    def _go(self, upstream: Upstream, now: float) -> None:
+        self._upstream = upstream
+        self.endpoint = upstream.endpoint
+        self._tried += (upstream.url,)
+        upstream.in_flight += 1
+        upstream.breaker.began(now)
+        connection = upstream.take()
+        if connection is not None:
+            self._ask(connection, now)
+        else:
+            self._connect(upstream, now)
+
+    def _connect(self, upstream: Upstream, now: float) -> None:
+        self._phase = Phase.CONNECTING
+        self._connecting = upstream.connect(self)
+        self._breaks_at = now + self._plane.options.connect_timeout_seconds
+        self._await_silence(now)
+
+    def connected(self, connection: UpstreamConnection) -> None:
+        self._connecting = None
+        self._ask(connection, time.monotonic())
+
+    def not_connected(self, failure: Failure) -> None:
+        self._connecting = None
+        self._failed(failure)
+
+    def _ask(self, connection: UpstreamConnection, now: float) -> None:
+        request, upstream, body = self.request, connection.upstream, self._body
+        self._phase = Phase.ASKED
+        self._connection = connection
+        self._sent_at = now
+        connection.send(
+            self,
+            b"POST %b%b%b%b%bcontent-length: %d\r\nx-request-id: %b\r\n\r\n%b"
+            % (
+                upstream.path,
+                request.path,
+                request.query,
+                upstream.head,
+                request.headers,
+                len(body),
+                request.request_id,
+                body,
+            ),
+        )
+        self._breaks_at = now + self._plane.options.first_byte_timeout_seconds
+        self._await_silence(now)
+
+    # --- an answer ----------------------------------------------------------------------------------------
+
+    def head_came(self, head: Head) -> None:
+        self._head = head
+        if head.status in _ENGINE_FAILED and self._retry(Failure.ENGINE_FAILED):
+            return
+        if head.status == 200 and head.is_event_stream:
+            self._events = EventReader(hides_usage=self._hides_usage)
+        else:
+            self._reader = BodyReader()
+
+    def body_came(self, piece: bytes) -> None:
+        now = self._heard_at = self._plane.now
+        if self._phase is not Phase.ANSWERING:
+            self._first_piece(piece)
+            return
+        self._client.deadline = now + self._patience
+        self._pieces += 1
+        if self._events is not None:
+            piece = self._events.feed(piece)
+            if not piece:
+                return
+        elif self._reader is not None:
+            self._reader.feed(piece)
+        self._client.write(b"%x\r\n%b\r\n" % (len(piece), piece) if self._is_chunked else piece)
+
+    def answer_ended(self, last: bytes) -> None:
+        """The answer is whole; `last` is what of it was not told yet."""
+        self._connection = None  # it may serve somebody else by now
+        if self._phase is not Phase.ANSWERING:
+            if not self._answer_began(last, is_whole=True):
+                return
+            last = b""
+        elif self._events is not None:
+            last = self._events.feed(last) + self._events.tail if last or self._events.tail else b""
+        elif self._reader is not None:
+            self._reader.feed(last)
+        if self._is_chunked:
+            self._client.write(wire.chunk(last) + wire.LAST_CHUNK if last else wire.LAST_CHUNK)
+        elif last:
+            self._client.write(last)
+        self._end()
+
+    def _first_piece(self, piece: bytes) -> None:
+        received_at = time.monotonic()
+        if self._answer_began(piece, is_whole=False):
+            self._overhead += time.monotonic() - received_at
+
+    def _answer_began(self, piece: bytes, *, is_whole: bool) -> bool:
+        """Pass the beginning on. False: not yet, or not at all, and it was seen to."""
+        head, upstream, events = self._head, self._upstream, self._events
+        assert head is not None
+        assert upstream is not None
+        if events is not None:
+            piece = self._opening = self._opening + piece
+            event = first_event(piece)
+            if event is None and not is_whole and len(piece) <= _LONGEST_OPENING:
+                return False
+            if event is not None and (refused := error_in(event)) is not None:
+                self._refused_in_stream(*refused)
+                return False
+            piece = events.feed(piece)
+            if is_whole:
+                piece += events.tail
+            self._opening = b""
+        elif self._has_begun:  # the client has been told that it gets a stream, and this is none: most likely an error
+            self._opening += piece
+            if is_whole:
+                self._end_stream_with(self._opening)
+            return False
+        now = self._first_byte_at = time.monotonic()
+        upstream.breaker.succeeded(now) if head.status < 500 else upstream.breaker.failed(now)
+        self._phase = Phase.ANSWERING
+        options = self._plane.options
+        self._patience = options.idle_timeout_seconds
+        if events is not None:
+            self._patience = min(self._patience, options.keepalive_comment_seconds)
+        self._client.deadline = now + self._patience
+        self._heard_at = now
+        if self._reader is not None:
+            self._reader.feed(piece)
+        if self._has_begun:  # with a comment
+            self._client.write(wire.chunk(piece) if self._is_chunked and piece else piece)
+            return True
+        self._has_begun = True
+        self.status = head.status
+        framing = self._framing(head, len(piece) if is_whole else None)
+        self._client.write(
+            b"%b%b%b%bx-request-id: %b\r\n%b%b\r\n%b"
+            % (
+                wire.STATUS_LINES.get(head.status) or wire.status_line(head.status),
+                self._client.default_lines,
+                wire.lines(head.fields if events is None else _of_stream(head.fields)),
+                b"" if self._grant is None else self._grant.headers,
+                self.request.request_id,
+                framing,
+                b"" if self._client.keeps_alive else wire.CLOSE,
+                wire.chunk(piece) if self._is_chunked and piece else piece,
+            )
+        )
+        return True
+
+    def _framing(self, head: Head, whole: int | None) -> bytes:
+        """The header that says where the answer ends. `whole`: its length, if it is here already."""
+        if head.status in (204, 304):
+            return b""
+        if head.content_length is not None:
+            return b"content-length: %d\r\n" % head.content_length
+        if whole is not None and self._events is None:
+            return b"content-length: %d\r\n" % whole
+        if self.request.is_http_10:
+            self._client.keeps_alive = False  # which is how it ends
+            return b""
+        self._is_chunked = True
+        return wire.CHUNKED
+
+    # --- before there is an answer ------------------------------------------------------------------------
+
+    def upstream_lost(self) -> None:
+        """The connection ended before the answer did."""
+        connection, self._connection = self._connection, None
+        if self._phase is Phase.ANSWERING:
+            self._break_off(Failure.BROKEN)
+            return
+        upstream, now = self._upstream, time.monotonic()
+        assert upstream is not None
+        assert connection is not None
+        if not connection.is_fresh and self._head is None and now - self._sent_at < _STALE_SECONDS and upstream.is_routable:
+            # It had been closed while it was idle, as the others of that time have been.
+            upstream.close_idle(math.inf)
+            self._connect(upstream, now)
+            return
+        self._failed(Failure.LOST)
+
+    def _failed(self, failure: Failure) -> None:
+        if not self._retry(failure):
+            self._fail(failure)
+
+    def _retry(self, failure: Failure) -> bool:
+        """Ask another endpoint, if that is allowed and there is one."""
+        plane, now = self._plane, time.monotonic()
+        if not may_retry(failure, self._retries, is_repeatable=self.request.path not in NOT_SENT_TWICE):
+            return False
+        if len(self._tried) >= plane.options.max_tries:
+            return False
+        other = self._another(now)
+        if other is None or not plane.retries.may_retry(now):
+            return False
+        self._leave_upstream(failure)
+        self._retries += (failure,)
+        self._head = self._events = self._reader = None
+        self._opening = b""
+        self._go(other, now)
+        return True
+
+    def _refused_in_stream(self, status: int, body: bytes) -> None:
+        """An event stream that begins with an error: nothing of it has been passed on."""
+        if status in _ENGINE_FAILED and self._retry(Failure.ENGINE_FAILED):
+            return
+        self._leave_upstream(Failure.ENGINE_FAILED if status in _ENGINE_FAILED else None)
+        if self._has_begun:
+            self._end_stream_with(body)
+        else:
+            self._answer(status, body)
+
+    def _fail(self, failure: Failure) -> None:
+        self._leave_upstream(failure)
+        self.failure = failure
+        sentence = self._sentence(failure)
+        self.refuse(upstream_timeout(sentence) if failure is Failure.LATE else upstream_error(sentence))
+
+    def _sentence(self, failure: Failure) -> str:
+        match failure:
+            case Failure.REFUSED | Failure.CONNECT_TIMEOUT:
+                return "No replica of the model could be reached."
+            case Failure.LOST:
+                return "The replica closed the connection without an answer. The request may have been worked on."
+            case Failure.LATE:
+                return f"The replica sent nothing for {self._plane.options.first_byte_timeout_seconds:g} s."
+            case _:
+                return "The answer broke off: the replica stopped sending it."
+
+    def _answer(self, status: int, body: bytes) -> None:
+        """An upstream's refusal, as an answer of its own."""
+        self.status = status
+        client = self._client
+        client.write(
+            b"%b%bcontent-type: application/json\r\ncontent-length: %d\r\nx-request-id: %b\r\n%b\r\n%b"
+            % (
+                wire.STATUS_LINES[status],
+                client.default_lines,
+                len(body),
+                self.request.request_id,
+                b"" if client.keeps_alive else wire.CLOSE,
+                body,
+            )
+        )
+        self._end()
+
+    def refuse(self, error: ApiError) -> None:
+        """Answer with an error, now."""
+        self.code = error.code
+        if self._has_begun:
+            self._end_stream_with(error.body())
+            return
+        self.status = error.status
+        self._client.write(
+            wire.refusal(
+                error, self.request.request_id, self._client.default_lines, closes=not self._client.keeps_alive
+            )
+        )
+        self._end()
+
+    # --- an end before the end ----------------------------------------------------------------------------
+
+    def _break_off(self, failure: Failure) -> None:
+        """Tell an event stream's reader in one last event; any other body is left short of its end.
+
+        An event whose own end never came is not passed on.
+        """
+        self._leave_upstream(failure)
+        self.failure = failure
+        if self._events is not None:
+            self._end_stream_with(upstream_error(self._sentence(failure)).body())
+            return
+        self._client.cut_short()
+        self._end()
+
+    def _end_stream_with(self, error: bytes) -> None:
+        event = b"data: %b\n\n" % b"\ndata: ".join(error.splitlines())
+        self._client.keeps_alive = False
+        self._client.write(wire.chunk(event) + wire.LAST_CHUNK if self._is_chunked else event)
+        self._end()
+
+    def client_left(self) -> None:
+        if self._waiting is not None:
+            self._waiting.leave()
+        self._leave_upstream(None)
+        self.has_client_left = True
+        self._end()
+
+    # --- time, and the client's pace ----------------------------------------------------------------------
+
+    def deadline_passed(self, now: float) -> None:
+        """The client's deadline, which is this call's while there is one."""
+        if self._client.is_full:
+            self._client.abort()  # it reads nothing
+        elif self._phase is Phase.ANSWERING and now - self._heard_at >= self._plane.options.idle_timeout_seconds:
+            self._break_off(Failure.BROKEN)
+        elif self._phase is Phase.CONNECTING and now >= self._breaks_at:
+            self._failed(Failure.CONNECT_TIMEOUT)
+        elif self._phase is Phase.ASKED and now >= self._breaks_at:
+            self._fail(Failure.LATE)
+        else:
+            self._comment(now)
+
+    def _await_silence(self, now: float) -> None:
+        """Wake when the next comment is due, where one can be sent, or when it has taken too long."""
+        self._client.deadline = (
+            min(self._breaks_at, now + self._plane.options.keepalive_comment_seconds)
+            if self._asked.stream
+            else self._breaks_at
+        )
+
+    def _comment(self, now: float) -> None:
+        """Tell the client, and what is between, that the stream lives. From now on it is one, whatever comes."""
+        client = self._client
+        if self._phase is Phase.ANSWERING:
+            self._breaks_at = self._heard_at + self._plane.options.idle_timeout_seconds
+        elif not self._has_begun:
+            self._has_begun = True
+            self.status = 200
+            self._is_chunked = not self.request.is_http_10
+            if not self._is_chunked:
+                client.keeps_alive = False
+            client.write(
+                b"%b%b%bx-request-id: %b\r\n%b%b\r\n"
+                % (
+                    wire.STATUS_LINES[200],
+                    client.default_lines,
+                    wire.lines(_EVENT_STREAM),
+                    self.request.request_id,
+                    wire.CHUNKED if self._is_chunked else b"",
+                    b"" if client.keeps_alive else wire.CLOSE,
+                )
+            )
+        client.write(wire.chunk(_COMMENT) if self._is_chunked else _COMMENT)
+        self._await_silence(now)
+
+    def client_is_full(self) -> None:
+        """The client reads more slowly than the upstream writes; that is not the upstream's fault."""
+        if self._connection is not None:
+            self._connection.transport.pause_reading()
+        self._client.deadline = self._plane.now + self._plane.options.client_timeout_seconds
+
+    def client_has_room(self) -> None:
+        if self._connection is not None:
+            self._connection.transport.resume_reading()
+        self._heard_at = self._plane.now
+        self._client.deadline = self._plane.now + self._patience
+
+    # --- the end ------------------------------------------------------------------------------------------
+
+    def _leave_upstream(self, failure: Failure | None) -> None:
+        if self._connecting is not None:
+            self._connecting.cancel()
+            self._connecting = None
+        if self._connection is not None:
+            self._connection.abandon()
+            self._connection = None
+        if self._upstream is not None:
+            self._upstream.in_flight -= 1
+            if failure is not None:
+                self._upstream.breaker.failed(time.monotonic())
+            self._upstream = None
+
+    def _give_place_back(self) -> None:
+        self._has_place = False
+        self._plane.metrics.in_flight[self.model] -= 1
+        self._plane.rooms.leave(self.model, self.tenant)
+
+    def _end(self) -> None:
+        self._phase = Phase.OVER
+        plane, upstream, now = self._plane, self._upstream, time.monotonic()
+        if upstream is not None:
+            upstream.in_flight -= 1
+        if self._has_place:
+            self._give_place_back()
+        tokens = self._tokens()
+        if self._grant is not None:
+            self._grant.settle(tokens.prompt + tokens.completion if tokens.is_known else None, now)
+        self._count(tokens, now)
+        plane.log.write(self, now)
+        self._client.call_ended()
+
+    def _tokens(self) -> TokenCount:
+        if self._events is not None:
+            return self._events.tokens
+        if self._reader is not None:
+            if not self.has_client_left and self.failure is None:
+                self._reader.end()
+            return self._reader.tokens
+        return TokenCount()
+
+    def _count(self, tokens: TokenCount, now: float) -> None:
+        plane = self._plane
+        metrics, model, tenant = plane.metrics, self.model, self.tenant
+        metrics.ended(model, tenant, self.status, now - self.request.started_at)
+        for failure in self._retries:
+            metrics.retried(model, failure.value)
+        if self._first_byte_at:
+            metrics.first_byte(model, self._first_byte_at - self.request.started_at, self._overhead)
+            if self.failure is not None:
+                metrics.broke(model)
+        if self.has_client_left:
+            metrics.client_left(model)
+        if self.endpoint is not None and self._sent_at:
+            is_aborted = self.has_client_left or self.failure is not None
+            if not tokens.is_known and self._first_byte_at and is_aborted:
+                # it did not live to tell: a piece of a stream is a token, or a few
+                tokens.prompt, tokens.completion = len(self.request.body) // _BYTES_A_TOKEN, self._pieces
+            if is_aborted or self.status < 400:
+                plane.usage.record(
+                    tenant,
+                    model,
+                    self.endpoint.endpoint_id,
+                    self.endpoint.replica,
+                    tokens.prompt,
+                    tokens.completion,
+                    tokens.cached,
+                    is_aborted,
+                    utc_now().date(),
+                )
+            for kind, count in (
+                ("prompt", tokens.prompt),
+                ("completion", tokens.completion),
+                ("cached", tokens.cached),
+            ):
+                if count:
+                    metrics.tokens(model, tenant, kind, count)
+
+    # --- what became of it, for the log -------------------------------------------------------------------
+
+    @property
+    def retries(self) -> tuple[Failure, ...]:
+        """Why other endpoints were asked."""
+        return self._retries
+
+    @property
+    def is_broken(self) -> bool:
+        """The answer broke off after it had begun."""
+        return self.failure is not None and self._first_byte_at > 0.0
+
+
+def _of_stream(fields: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """An event stream's headers, saying that nothing in between shall keep or gather it."""
+    kept = [field for field in fields if field[0] not in _SAID_OF_STREAMS]
+    kept += _EVENT_STREAM[1:]
+    return kept

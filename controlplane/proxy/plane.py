@@ -1,0 +1,50 @@
+"""What one worker's requests share."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from controlplane.proxy import wire
+from controlplane.proxy.directory import Directory
+from controlplane.proxy.options import ProxyOptions
+from controlplane.proxy.upstreams import Upstreams
+
+if TYPE_CHECKING:
+    from controlplane.proxy.protocol import ClientConnection
+
+
+@dataclass(slots=True)
+class Plane:
+    options: ProxyOptions
+    directory: Directory
+    upstreams: Upstreams
+    router: Router
+    retries: RetryBudget
+    rooms: WaitingRooms
+    limits: Limits
+    usage: Usage
+    metrics: ProxyMetrics
+    log: AccessLog
+    connections: set[ClientConnection] = field(default_factory=set)  # clients'
+    # Monotonic, and as old as a tick: a deadline is moved at every piece of every stream, and asking the clock each
+    # time costs more than all else that is done then.
+    now: float = field(default_factory=time.monotonic)
+
+    _default_headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+    _default_lines: bytes = b""
+
+    def lines_of(self, default_headers: list[tuple[bytes, bytes]]) -> bytes:
+        """uvicorn makes a new list every second; in between it is written once."""
+        if default_headers is not self._default_headers:
+            self._default_headers = default_headers
+            self._default_lines = wire.lines(default_headers)
+        return self._default_lines
+
+    def tick(self) -> None:
+        """Look at every deadline. A stream that waits has one float, and no timer of its own."""
+        self.now = now = time.monotonic()
+        for connection in [one for one in self.connections if one.deadline <= now]:
+            connection.deadline_passed(now)
+        self.upstreams.sweep(now)

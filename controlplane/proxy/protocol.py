@@ -1,0 +1,575 @@
+"""A client's connection: HTTP/1.1 as it comes in, request by request.
+
+The routes of `ROUTES`, which carry prompts, are served here, below ASGI: where the parser has read a request, a `Call`
+begins, and what its upstream says is written to this connection's transport as it comes. A framework's objects and tasks
+would cost more than all that is done for a request. Every other route is handed to the ASGI application, in uvicorn's
+own way.
+
+States: idle, reading a head, reading a body, answering. Requests that come while one is answered are read when their
+turn comes, in order (RFC 9112, 9.3.2). A request that cannot be understood is answered 400, and the connection closed: after
+it nobody can tell where the next one begins. What a client sends beyond a refusal is read and thrown away for a moment,
+because closing at once would take the refusal from it.
+
+Requests are read strictly, and written anew for the upstream with a length of our own: two readings of the same bytes,
+of which request smuggling lives, cannot arise (RFC 9112, 11.2).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, cast
+from urllib.parse import unquote
+
+import httptools
+from uvicorn.config import Config
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
+from uvicorn.server import ServerState
+
+from controlplane.core.types import ApiKey
+from controlplane.proxy import wire
+from controlplane.proxy.auth import authenticate, credential_of
+from controlplane.proxy.call import CLIENT_LEFT, Call, Request
+from controlplane.proxy.errors import (
+    ApiError,
+    bad_request,
+    head_too_large,
+    nothing_known_yet,
+    request_timeout,
+    request_too_large,
+    version_not_supported,
+)
+from controlplane.proxy.plane import Plane
+from controlplane.proxy.request import request_id_of
+
+_logger = logging.getLogger("uvicorn.error")
+
+ROUTES = frozenset(
+    {
+        b"/v1/chat/completions",
+        b"/v1/completions",
+        b"/v1/embeddings",
+        b"/v1/responses",
+        b"/v1/messages",
+        b"/v1/rerank",
+        b"/v1/score",
+        b"/tokenize",
+        b"/detokenize",
+    }
+)
+"""JSON routes whose body names a `model`: passed on and back unread otherwise."""
+
+_NOT_SENT_ON = frozenset(
+    {
+        # of this connection
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+        b"expect",
+        # the client's credentials: an upstream gets its own
+        b"authorization",
+        b"x-api-key",
+        b"api-key",
+        b"cookie",
+        # said anew for the upstream
+        b"host",
+        b"content-length",
+        b"x-request-id",
+        # an answer that is compressed could neither be read nor passed on piece by piece
+        b"accept-encoding",
+    }
+)
+_VERSIONS = ("1.1", "1.0")
+_READ_AHEAD_BYTES = 65536  # of what follows a request that is being answered
+_OTHER_BODY_BYTES = 65536  # of a request that has no use for one
+_THROWN_AWAY_SECONDS = 2.0
+_WAIT_FOR_REST = 1024 * 1024  # a refused body up to this is read, so that the connection can go on
+
+
+class _Incoming:
+    """A request that is being read, or has been read and waits for its turn."""
+
+    __slots__ = (
+        "body",
+        "expects_continue",
+        "fields",
+        "head_bytes",
+        "is_short",
+        "keeps_alive",
+        "key",
+        "method",
+        "path",
+        "refusal",
+        "request",
+        "size",
+        "target",
+        "version",
+    )
+
+    def __init__(self) -> None:
+        self.target = b""
+        self.fields: list[tuple[bytes, bytes]] = []
+        self.method = ""
+        self.version = "1.1"
+        self.path = b""
+        self.keeps_alive = True
+        self.expects_continue = False
+        self.head_bytes = 0
+        self.is_short = True  # if it is refused, its body is read to its end all the same
+        self.body: list[bytes] = []
+        self.size = 0
+        self.request: Request | None = None  # None: not one of ours, the application's
+        self.key: ApiKey | None = None
+        self.refusal: ApiError | None = None
+
+
+class ClientConnection(asyncio.Protocol):
+    """Made by uvicorn for each connection; `plane` is what the worker's requests share."""
+
+    __slots__ = (
+        "_call",
+        "_cycle",
+        "_flow",
+        "_incoming",
+        "_is_advancing",
+        "_is_closing_softly",
+        "_is_stopping",
+        "_parser",
+        "_queue",
+        "_read_ahead",
+        "app_state",
+        "config",
+        "deadline",
+        "is_full",
+        "keeps_alive",
+        "loop",
+        "plane",
+        "state",
+        "transport",
+        "write",
+    )
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+        *,
+        plane: Plane,
+    ) -> None:
+        self.plane = plane
+        self.config = config
+        self.state = server_state
+        self.app_state = app_state
+        self.loop = _loop or asyncio.get_running_loop()
+        self.transport: asyncio.Transport
+        self.write: Callable[[bytes], None]
+        self.deadline = math.inf
+        self.keeps_alive = True  # after the answer that is given now
+        self.is_full = False  # the client does not read as fast as we write
+        self._flow: FlowControl | None = None
+        self._call: Call | None = None
+        self._cycle: RequestResponseCycle | None = None
+        self._incoming: _Incoming | None = None
+        self._queue: deque[_Incoming] = deque()
+        self._read_ahead: list[bytes] = []
+        self._is_advancing = False
+        self._is_stopping = False
+        self._is_closing_softly = False
+        self._parser: httptools.HttpRequestParser | None = httptools.HttpRequestParser(self)
+
+    # --- the event loop's side ----------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+        self.write = self.transport.write
+        self.state.connections.add(self)  # type: ignore[arg-type]  # it need only be told to `shutdown`
+        self.plane.connections.add(self)
+        self.deadline = self.plane.now + self.plane.options.head_timeout_seconds
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_closing_softly:
+            return
+        if self._call is not None or self._cycle is not None:
+            self._read_ahead.append(data)
+            if sum(map(len, self._read_ahead)) > _READ_AHEAD_BYTES:
+                self.transport.pause_reading()
+            return
+        self._feed(data)
+        self._advance()
+
+    def eof_received(self) -> bool:
+        """A client that closes its side is gone: HTTP has no use for half a connection."""
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.state.connections.discard(self)  # type: ignore[arg-type]
+        self.plane.connections.discard(self)
+        self._parser = None  # it refers back to this
+        call, cycle = self._call, self._cycle
+        if call is not None:
+            call.client_left()
+        elif self._incoming is not None and self._incoming.request is not None and self._incoming.key is not None:
+            self.plane.metrics.ended("", self._incoming.key.tenant, CLIENT_LEFT, 0.0)
+        if cycle is not None:
+            cycle.disconnected = True
+            cycle.message_event.set()
+        if self._flow is not None:
+            self._flow.resume_writing()
+
+    def pause_writing(self) -> None:
+        self.is_full = True
+        if self._flow is not None:
+            self._flow.pause_writing()
+        if self._call is not None:
+            self._call.client_is_full()
+
+    def resume_writing(self) -> None:
+        self.is_full = False
+        if self._flow is not None:
+            self._flow.resume_writing()
+        if self._call is not None:
+            self._call.client_has_room()
+
+    # --- uvicorn's side -----------------------------------------------------------------------------------
+
+    def shutdown(self) -> None:
+        """The server stops: what is under way may end, and is the last on this connection."""
+        self._is_stopping = True
+        self.keeps_alive = False
+        if self._cycle is not None:
+            self._cycle.keep_alive = False
+        elif self._call is None and self._incoming is None:
+            self.transport.close()
+
+    # --- time ---------------------------------------------------------------------------------------------
+
+    def deadline_passed(self, now: float) -> None:
+        if self._call is not None:
+            self._call.deadline_passed(now)
+        elif self._is_closing_softly or self._incoming is None:
+            self.deadline = math.inf
+            self.transport.close()
+        else:
+            self._give_up(request_timeout())
+            self._advance()
+
+    def abort(self) -> None:
+        self.deadline = math.inf
+        self.transport.abort()
+
+    # --- reading ------------------------------------------------------------------------------------------
+
+    def _feed(self, data: bytes) -> None:
+        parser = self._parser
+        if parser is None:
+            return
+        if (incoming := self._incoming) is not None:
+            incoming.head_bytes += len(data)
+        try:
+            parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            # It cannot go on. A request that offers another protocol has been read: it is answered in this one.
+            self._parser = None
+            if not self._queue:
+                self._give_up(bad_request("This server does not change to another protocol."))
+        except httptools.HttpParserError:
+            self._give_up(bad_request("This is not a valid HTTP request."))
+
+    def _look_at_part(self, incoming: _Incoming) -> None:
+        """The next request is not whole yet; there may be something to say to it all the same."""
+        options, now = self.plane.options, self.plane.now
+        if not incoming.method:
+            if not incoming.head_bytes:
+                incoming.head_bytes = 1
+                self.deadline = now + options.head_timeout_seconds
+            elif incoming.head_bytes > options.max_head_bytes:
+                self._give_up(head_too_large(options.max_head_bytes))
+            return
+        self.deadline = now + options.body_timeout_seconds
+        if incoming.refusal is not None and (incoming.expects_continue or not incoming.is_short):
+            self._give_up(incoming.refusal, incoming)
+        elif incoming.expects_continue:
+            incoming.expects_continue = False
+            self.write(wire.CONTINUE)
+
+    def on_message_begin(self) -> None:
+        self._incoming = _Incoming()
+
+    def on_url(self, url: bytes) -> None:
+        assert self._incoming is not None
+        self._incoming.target += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        assert self._incoming is not None
+        self._incoming.fields.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        incoming, parser = self._incoming, self._parser
+        assert incoming is not None
+        assert parser is not None
+        incoming.method = parser.get_method().decode("ascii")
+        incoming.version = parser.get_http_version()
+        incoming.keeps_alive = parser.should_keep_alive()
+        path, mark, query = incoming.target.partition(b"?")
+        if path not in ROUTES and not path.startswith(b"/"):
+            path, mark, query = _origin_form(incoming.target)
+        incoming.path = path
+        try:
+            if path in ROUTES and incoming.method == "POST":
+                incoming.request = request = Request(path, mark + query, started_at=time.monotonic())
+                self._read_head(incoming, request)
+            else:
+                _check_framing(incoming)
+        except ApiError as error:
+            incoming.refusal = error
+
+    def _read_head(self, incoming: _Incoming, request: Request) -> None:
+        """Raises ApiError."""
+        authorization = x_api_key = request_id = hops = None
+        hosts = size = 0
+        passed = []
+        request.fields = fields = incoming.fields
+        for name, value in fields:
+            if name not in _NOT_SENT_ON:
+                passed.append(b"%b: %b\r\n" % (name, value))
+            elif name == b"host":
+                hosts += 1
+            elif name == b"authorization":
+                authorization = value
+            elif name == b"x-request-id":
+                request_id = value
+            elif name == b"content-length":
+                size = int(value)
+                incoming.is_short = size <= _WAIT_FOR_REST
+            elif name == b"x-api-key":
+                x_api_key = value
+            elif name == b"expect":
+                incoming.expects_continue = value.lower() == b"100-continue"
+            elif name == b"connection":
+                hops = value.lower()
+            elif name == b"transfer-encoding":
+                _check_coding(value, incoming.version)
+        request.request_id = request_id_of(request_id)
+        request.is_http_10 = incoming.version == "1.0"
+        if incoming.version not in _VERSIONS:
+            raise version_not_supported()
+        _check_hosts(hosts, incoming.version)
+        if hops is not None and hops not in (b"keep-alive", b"close"):
+            named = {token.strip() for token in hops.split(b",")}
+            passed = [line for line in passed if line[: line.index(b":")] not in named]
+        request.headers = b"".join(passed)
+        snapshot = self.plane.directory.snapshot
+        if snapshot is None:
+            raise nothing_known_yet()
+        incoming.key = authenticate(credential_of(authorization, x_api_key), snapshot.keys)
+        if size > self.plane.options.max_body_bytes:
+            raise request_too_large(self.plane.options.max_body_bytes)
+
+    def on_body(self, body: bytes) -> None:
+        incoming = self._incoming
+        assert incoming is not None
+        incoming.size += len(body)
+        if incoming.refusal is not None:
+            return
+        limit = self.plane.options.max_body_bytes if incoming.request is not None else _OTHER_BODY_BYTES
+        if incoming.size > limit:
+            incoming.refusal = request_too_large(limit)
+            incoming.is_short = False
+            incoming.body.clear()
+        else:
+            incoming.body.append(body)
+
+    def on_message_complete(self) -> None:
+        incoming, self._incoming = self._incoming, None
+        if incoming is None or self._is_closing_softly:
+            return
+        self._queue.append(incoming)
+
+    # --- answering ----------------------------------------------------------------------------------------
+
+    def _begin(self, incoming: _Incoming) -> None:
+        # a parser that cannot go on: this is the last one, but for those that wait already
+        can_go_on = self._parser is not None or bool(self._queue)
+        self.keeps_alive = incoming.keeps_alive and not self._is_stopping and can_go_on
+        request, body = incoming.request, incoming.body
+        if request is not None:
+            request.body = body[0] if len(body) == 1 else b"".join(body)
+            request.received_at = time.monotonic()
+            self.deadline = math.inf
+            self._call = call = Call(self.plane, self, request, incoming.key)
+            if incoming.refusal is None:
+                call.begin()
+            else:
+                call.refuse(incoming.refusal)
+        elif incoming.refusal is not None:
+            self._refuse(incoming.refusal)
+        else:
+            self.deadline = math.inf
+            self._serve_by_application(incoming)
+
+    def _refuse(self, error: ApiError) -> None:
+        self.write(wire.refusal(error, request_id_of(None), self.default_lines, closes=not self.keeps_alive))
+        self.plane.metrics.ended("", "", error.status, 0.0)
+        self._answered()
+
+    def _give_up(self, error: ApiError, incoming: _Incoming | None = None) -> None:
+        """Answer, and close: where the next request begins cannot be known, or would be too long in coming."""
+        incoming = incoming or _Incoming()
+        incoming.refusal = error
+        incoming.keeps_alive = False
+        self._incoming = self._parser = None
+        self._queue.append(incoming)
+
+    def _serve_by_application(self, incoming: _Incoming) -> None:
+        path, _, query = incoming.target.partition(b"?")
+        flow = self._flow = self._flow or FlowControl(self.transport)
+        scope = {
+            "type": "http",
+            "asgi": {"version": self.config.asgi_version, "spec_version": "2.3"},
+            "http_version": incoming.version,
+            "server": get_local_addr(self.transport),
+            "client": get_remote_addr(self.transport),
+            "scheme": "https" if is_ssl(self.transport) else "http",
+            "root_path": self.config.root_path,
+            "method": incoming.method,
+            "path": unquote(incoming.path.decode("latin-1")),
+            "raw_path": path,
+            "query_string": query,
+            "headers": incoming.fields,
+            "state": self.app_state.copy(),
+        }
+        self._cycle = cycle = RequestResponseCycle(
+            scope=cast("Any", scope),
+            transport=self.transport,
+            flow=flow,
+            logger=_logger,
+            access_logger=_logger,
+            access_log=False,
+            default_headers=self.state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=False,
+            keep_alive=self.keeps_alive,
+            on_response=self._application_answered,
+        )
+        cycle.body = bytearray(b"".join(incoming.body))
+        cycle.more_body = False
+        cycle.message_event.set()
+        task = self.loop.create_task(cycle.run_asgi(self.config.loaded_app))
+        task.add_done_callback(self.state.tasks.discard)
+        self.state.tasks.add(task)
+
+    def _application_answered(self) -> None:
+        cycle, self._cycle = self._cycle, None
+        assert cycle is not None
+        self.keeps_alive = cycle.keep_alive
+        self._answered()
+
+    # --- what a call asks of it ---------------------------------------------------------------------------
+
+    @property
+    def default_lines(self) -> bytes:
+        """What every answer says: `date`, and what else uvicorn is told to say."""
+        return self.plane.lines_of(self.state.default_headers)
+
+    def cut_short(self) -> None:
+        """End an answer visibly before its end."""
+        self.keeps_alive = False
+        if self._call is not None and self._call.request.is_http_10:
+            self.transport.abort()  # its end would look like the answer's
+
+    def call_ended(self) -> None:
+        self._call = None
+        self._answered()
+
+    def _answered(self) -> None:
+        self.state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        if self.keeps_alive:
+            self.deadline = self.plane.now + self.config.timeout_keep_alive
+            self._advance()
+        elif self._parser is None and not self._is_stopping:
+            self._close_softly()
+        else:
+            self.transport.close()
+
+    def _close_softly(self) -> None:
+        """Say that nothing more will come, and read on for a moment: closing at once would reset the connection, and
+        take the answer from a client that is still sending."""
+        self._is_closing_softly = True
+        self._read_ahead.clear()
+        self.deadline = self.plane.now + _THROWN_AWAY_SECONDS
+        self.transport.resume_reading()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+
+    def _advance(self) -> None:
+        """Go on with what has been sent meanwhile."""
+        if self._is_advancing:
+            return
+        self._is_advancing = True
+        while self._call is None and self._cycle is None and not self._is_closing_softly:
+            if self._queue:
+                self._begin(self._queue.popleft())
+            elif self._read_ahead:
+                data = b"".join(self._read_ahead)
+                self._read_ahead.clear()
+                self.transport.resume_reading()
+                self._feed(data)
+            elif self._incoming is not None:
+                self._look_at_part(self._incoming)
+                if not self._queue:
+                    break
+            else:
+                break
+        self._is_advancing = False
+
+def _origin_form(target: bytes) -> tuple[bytes, bytes, bytes]:
+    """Path, `?` and query of a target in another form (RFC 9112, 3.2.2: a server must accept the absolute one)."""
+    try:
+        url = httptools.parse_url(target)
+    except httptools.HttpParserInvalidURLError:
+        return target, b"", b""
+    query = url.query or b""
+    return url.path or b"/", b"?" if query else b"", query
+
+
+def _check_framing(incoming: _Incoming) -> None:
+    """Of a request that is the application's. Raises ApiError."""
+    if incoming.version not in _VERSIONS:
+        raise version_not_supported()
+    hosts = 0
+    for name, value in incoming.fields:
+        if name == b"host":
+            hosts += 1
+        elif name == b"expect":
+            incoming.expects_continue = value.lower() == b"100-continue"
+        elif name == b"transfer-encoding":
+            _check_coding(value, incoming.version)
+        elif name == b"content-length":
+            incoming.is_short = int(value) <= _WAIT_FOR_REST
+    _check_hosts(hosts, incoming.version)
+
+
+def _check_coding(value: bytes, version: str) -> None:
+    if value.lower() != b"chunked" or version == "1.0":
+        raise bad_request("The only transfer coding that is understood is `chunked`, in HTTP/1.1.")
+
+
+def _check_hosts(hosts: int, version: str) -> None:
+    if hosts != 1 and (hosts or version != "1.0"):
+        raise bad_request("A request must have exactly one Host header.")
