@@ -29,6 +29,7 @@ def configure(*, level: str = "info", form: Literal["json", "text"] = "json", st
     for name in ("httpx", "httpcore", "yoyo", "uvicorn.access"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("psycopg").setLevel(logging.CRITICAL)  # its every try to reconnect; who waits for it says so once
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it warns of clients' faults, which they are told
 
 
 def _write_json(message: Message, stream: TextIO) -> None:
