@@ -152,8 +152,19 @@ async def _read_request(reader: asyncio.StreamReader) -> Received | None:
         return None
     line, *fields = head.decode("latin-1").rstrip("\r\n").split("\r\n")
     headers = [(name.lower(), value.strip()) for name, _, value in (text.partition(":") for text in fields)]
+    if dict(headers).get("transfer-encoding") == "chunked":
+        return Received(line, headers, await _read_chunks(reader))
     length = int(dict(headers).get("content-length", 0))
     return Received(line, headers, await reader.readexactly(length))
+
+
+async def _read_chunks(reader: asyncio.StreamReader) -> bytes:
+    pieces: list[bytes] = []
+    while size := int(await reader.readline(), 16):
+        pieces.append(await reader.readexactly(size))
+        assert await reader.readline() == b"\r\n"
+    assert await reader.readline() == b"\r\n"
+    return b"".join(pieces)
 
 
 @contextmanager
