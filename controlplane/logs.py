@@ -22,7 +22,13 @@ def configure(*, level: str = "info", form: Literal["json", "text"] = "json", st
     """Set up the one sink of this process. May be called again; the last call counts."""
     logger.remove()
     if form == "json":
-        logger.add(lambda message: _write_json(message, stream), level=level.upper(), format="{message}")
+        logger.add(
+            lambda message: _write_json(message, stream),
+            level=level.upper(),
+            format="{message}",
+            backtrace=False,
+            diagnose=False,
+        )
     else:
         logger.add(stream, level=level.upper(), format=_text_format, backtrace=False, diagnose=False)
     logging.basicConfig(handlers=[_ToLoguru()], level=logging.INFO, force=True)

@@ -127,13 +127,13 @@ async def upstream(script: Script) -> AsyncIterator[Upstream]:
             while not writer.is_closing() and (request := await _read_request(reader)) is not None:
                 made.requests.append(request)
                 await script(request, Connection(reader, writer, number))
-        except (ConnectionError, asyncio.CancelledError):
-            pass
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass  # the proxy left, perhaps in the middle of a body
         finally:
             writer.close()
             running.discard(task)
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0, backlog=1024)
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, backlog=1024, limit=2**22)
     made = Upstream(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
     try:
         yield made
