@@ -1,4 +1,4 @@
-"""What the log tells of an exception: where it happened, and no value of any variable, which may be a prompt or a key."""
+"""What the log tells of an exception: where it happened, and no value of a variable, which may be a prompt or a key."""
 
 from __future__ import annotations
 
