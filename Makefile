@@ -4,13 +4,15 @@ SHELL := /bin/sh
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed
+JS_SDK := tests/integration/openai_js
+JS_INSTALLED := $(JS_SDK)/node_modules/installed
 
 # Debian's own Python, where it is new enough: Slurm's jobs run as another user, who must be able to read it
 SYSTEM_PYTHON = $(shell for python in /usr/bin/python3 python3; do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slurm-matrix sim sim-mutations kill-rounds hand-over bench-webhooks check lock clean \
+.PHONY: help setup demo test test-slurm-matrix sim sim-mutations kill-rounds hand-over bench-webhooks check lock clean fuzz outage \
 	packages python
 
 SEEDS := 1000
@@ -18,9 +20,9 @@ SEEDS := 1000
 help: ## say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: packages $(INSTALLED) ## install Debian's packages and Python's into .venv, as far as they are missing
+setup: packages $(INSTALLED) $(JS_INSTALLED) ## install Debian's packages, Python's into .venv, and OpenAI's JS SDK
 
-demo: setup ## show the whole loop on this machine: an alert, Slurm jobs, requests, and back
+demo: packages $(INSTALLED) ## show the whole loop on this machine: an alert, Slurm jobs, requests, and back
 	@$(VENV)/bin/controlplane demo
 
 test: setup ## run all tests, on real PostgreSQL, Slurm, Prometheus and Alertmanager
@@ -31,6 +33,14 @@ sim: setup ## live SEEDS=1000 simulated worlds full of faults, or tell one of th
 
 sim-mutations: setup ## plant known mistakes in the product, and show that the simulation finds each
 	@$(PYTHON) -m tests.sim --mutations
+
+SECONDS := 600
+fuzz: setup ## say made-up bytes to the proxy for SECONDS=600; SEED repeats a run
+	@FUZZ_SECONDS=$(SECONDS) FUZZ_SEED=$(SEED) $(VENV)/bin/pytest -q --capture=no tests/integration/test_raw_bytes.py -k made_up
+
+outage: SECONDS := 120
+outage: setup ## stop PostgreSQL for SECONDS=120 under load, and count the requests that fail
+	@OUTAGE_SECONDS=$(SECONDS) $(VENV)/bin/pytest -q --capture=no tests/integration/test_outlives.py -k postgresql
 
 test-slurm-matrix: setup ## run the tests that talk to Slurm on three releases of it; fetches two from Debian once
 	@$(PYTHON) -m tests.e2e.slurm_matrix
@@ -58,7 +68,7 @@ lock: python ## pin all dependencies anew, with hashes, in requirements.lock
 		--no-annotate --no-emit-index-url --upgrade -o requirements.lock pyproject.toml
 
 clean: ## remove what was built and installed here
-	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf $(VENV) $(JS_SDK)/node_modules build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 packages:
@@ -76,4 +86,11 @@ $(INSTALLED): requirements.lock pyproject.toml | packages
 	@umask 022 && $(SYSTEM_PYTHON) -m venv --clear $(VENV) \
 		&& $(PYTHON) -m pip install -q --require-hashes -r requirements.lock \
 		&& $(PYTHON) -m pip install -q --no-deps -e .
+	@touch $@
+
+$(JS_INSTALLED): $(JS_SDK)/package.json | packages
+	@echo "Installing OpenAI's JavaScript SDK into $(JS_SDK)/node_modules ..."
+	@npm install --prefix $(JS_SDK) --silent --no-package-lock --no-audit --no-fund --ignore-scripts \
+		|| { echo "npm could not install OpenAI's JavaScript SDK: the tests need an npm registry that can be reached" >&2; \
+		exit 1; }
 	@touch $@

@@ -22,13 +22,20 @@ def configure(*, level: str = "info", form: Literal["json", "text"] = "json", st
     """Set up the one sink of this process. May be called again; the last call counts."""
     logger.remove()
     if form == "json":
-        logger.add(lambda message: _write_json(message, stream), level=level.upper(), format="{message}")
+        logger.add(
+            lambda message: _write_json(message, stream),
+            level=level.upper(),
+            format="{message}",
+            backtrace=False,
+            diagnose=False,
+        )
     else:
         logger.add(stream, level=level.upper(), format=_text_format, backtrace=False, diagnose=False)
     logging.basicConfig(handlers=[_ToLoguru()], level=logging.INFO, force=True)
     for name in ("httpx", "httpcore", "yoyo", "uvicorn.access"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("psycopg").setLevel(logging.CRITICAL)  # its every try to reconnect; who waits for it says so once
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it warns of clients' faults, which they are told
 
 
 def _write_json(message: Message, stream: TextIO) -> None:

@@ -11,6 +11,9 @@ services="slurmctld slurmd slurmrestd munge postgresql prometheus prometheus-ale
 programs="slurmctld slurmd slurmrestd munged munge scontrol squeue sbatch prometheus promtool prometheus-alertmanager
     amtool python3 setpriv flock curl ps"
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
+# any Node will do, with its npm: for the tests with OpenAI's JavaScript SDK
+command -v node >/dev/null && command -v npm >/dev/null || packages="$packages nodejs npm"
+programs="$programs node npm"
 
 missing() {
     for name in $programs; do

@@ -127,13 +127,13 @@ async def upstream(script: Script) -> AsyncIterator[Upstream]:
             while not writer.is_closing() and (request := await _read_request(reader)) is not None:
                 made.requests.append(request)
                 await script(request, Connection(reader, writer, number))
-        except (ConnectionError, asyncio.CancelledError):
-            pass
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass  # the proxy left, perhaps in the middle of a body
         finally:
             writer.close()
             running.discard(task)
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0, backlog=1024)
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, backlog=1024, limit=2**22)
     made = Upstream(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
     try:
         yield made
@@ -152,8 +152,19 @@ async def _read_request(reader: asyncio.StreamReader) -> Received | None:
         return None
     line, *fields = head.decode("latin-1").rstrip("\r\n").split("\r\n")
     headers = [(name.lower(), value.strip()) for name, _, value in (text.partition(":") for text in fields)]
+    if dict(headers).get("transfer-encoding") == "chunked":
+        return Received(line, headers, await _read_chunks(reader))
     length = int(dict(headers).get("content-length", 0))
     return Received(line, headers, await reader.readexactly(length))
+
+
+async def _read_chunks(reader: asyncio.StreamReader) -> bytes:
+    pieces: list[bytes] = []
+    while size := int(await reader.readline(), 16):
+        pieces.append(await reader.readexactly(size))
+        assert await reader.readline() == b"\r\n"
+    assert await reader.readline() == b"\r\n"
+    return b"".join(pieces)
 
 
 @contextmanager
