@@ -8,8 +8,9 @@ engine still captures graphs and its cache is empty.
 Of two endpoints that chance names, the one with less to do is taken. That is nearly as even as the least of all
 (Mitzenmacher, The Power of Two Choices, 2001), costs the same for any number, and keeps proxies that count apart from
 all choosing the same one. An endpoint whose walltime is about to end gets new requests only if no other can take
-them: a request that it is given may not find the time to finish. One whose breaker is open is passed over; if all are
-open, the one that may be tried soonest is tried, because a sure refusal helps nobody.
+them: a request that it is given may not find the time to finish. One that has as much as it takes at once is passed
+over while another has room, and so is one whose breaker is open; if all are open, the one that may be tried soonest
+is tried, because a sure refusal helps nobody.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ class Pool(Generic[C]):
         return chosen or self._of_all(tried, now)
 
     def _of_two(self, now: float) -> C | None:
-        """None if one of the two must not be tried now: then all are looked at."""
+        """None if one of the two must not be tried now, or is full: then all are looked at."""
         seats = self._last
         count = len(seats)
         if count < 2:
@@ -131,10 +132,12 @@ class Pool(Generic[C]):
         left, right = one.candidate, other.candidate
         if left.breaker.next_try_at > now or right.breaker.next_try_at > now:
             return None
-        return left if (left.in_flight + 1) * other.share <= (right.in_flight + 1) * one.share else right
+        if (left.in_flight + 1) * other.share > (right.in_flight + 1) * one.share:
+            one, left = other, right
+        return left if left.in_flight < one.most else None
 
     def _near(self, ring: Ring, affinity: bytes, tried: Collection[str], now: float) -> C | None:
-        """The first on the key's way that is below its bound. None if all that may be tried now yield to others."""
+        """The first on the key's way that is below its bound. None if none may be tried now, or all are full."""
         in_flight = 0
         shares = 0.0
         for seat in self._last:
@@ -149,6 +152,7 @@ class Pool(Generic[C]):
             candidate = seat.candidate
             if (
                 candidate.in_flight < bound(in_flight, seat.share, shares)
+                and candidate.in_flight < seat.most
                 and seat.lasts
                 and candidate.breaker.next_try_at <= now
                 and candidate.url not in tried
@@ -157,13 +161,15 @@ class Pool(Generic[C]):
         return None
 
     def _of_all(self, tried: Collection[str], now: float) -> C | None:
-        """The least loaded that may be tried, else the soonest."""
-        for seats in (self._last, self._yield):
+        """The least loaded that has room, else that may be tried, else the one that may be tried soonest."""
+        for seats, may_be_full in ((self._last, False), (self._yield, False), (self._last, True), (self._yield, True)):
             best: _Seat[C] | None = None
             least, equals = math.inf, 0
             for seat in seats:
                 candidate = seat.candidate
                 if candidate.breaker.next_try_at > now or candidate.url in tried:
+                    continue
+                if candidate.in_flight >= seat.most and not may_be_full:
                     continue
                 load = (candidate.in_flight + 1) / seat.share
                 if load < least:
@@ -200,7 +206,7 @@ class Pool(Generic[C]):
 class _Seat(Generic[C]):
     """What is asked of one candidate at every choice, made ready."""
 
-    __slots__ = ("candidate", "lasts", "name", "ready_at", "share", "slow_start_seconds", "weight", "yields_at")
+    __slots__ = ("candidate", "lasts", "most", "name", "ready_at", "share", "slow_start_seconds", "weight", "yields_at")
 
     def __init__(self, candidate: C, now: datetime, at: float) -> None:
         endpoint = candidate.endpoint
@@ -211,6 +217,7 @@ class _Seat(Generic[C]):
         self.slow_start_seconds = endpoint.routing.slow_start_seconds
         self.ready_at = at + (endpoint.first_ready_at - now).total_seconds()
         self.yields_at = math.inf if yields_at is None else at + (yields_at - now).total_seconds()
+        self.most = math.inf if endpoint.max_in_flight is None else endpoint.max_in_flight
         self.share = float(self.weight)
         self.lasts = True
 

@@ -101,6 +101,15 @@ def test_a_request_that_failed_is_sent_to_the_least_loaded_of_the_others() -> No
         assert pool(those, seed).pick(None, {those[0].url}, AT) is those[2]
 
 
+@pytest.mark.parametrize("key", [None, *KEYS[:4]])
+def test_no_endpoint_is_filled_above_what_it_takes_at_once_while_another_has_room(key: bytes | None) -> None:
+    those = upstreams(4, RoutingPolicy(max_in_flight=16))
+    of = pool(those, with_ring=True)
+    fill(of, 64, key=lambda _: key)
+    assert loads(those) == [16, 16, 16, 16]
+    assert of.pick(key, (), AT) in those  # how much all may have together is not decided here
+
+
 # --- walltime and slow start --------------------------------------------------------------------------------
 
 
