@@ -110,7 +110,7 @@ class Pool(Generic[C]):
             chosen = self._near(self.ring, affinity, tried, now)
         elif not tried:
             chosen = self._of_two(now)
-        return chosen or self._of_all(tried, now)
+        return self._of_all(tried, now) if chosen is None else chosen
 
     def _of_two(self, now: float) -> C | None:
         """None if one of the two must not be tried now, or is full: then all are looked at."""

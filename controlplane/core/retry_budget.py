@@ -4,7 +4,8 @@ When most of what is tried fails, retries double the load of what is left, and t
 what they add; counting retries per request, as most do, does not. The numbers are Finagle's (a fifth, ten a second,
 over ten seconds); Envoy and Linkerd have the same fifth. The floor lets a quiet model be retried at all.
 
-For one proxy process: each of several has its own, of its own requests.
+It is asked before what may have cost an engine something is done again. A refused connection cost nothing, and that no
+endpoint is tried twice bounds such retries already. Each proxy process has its own budget, of its own requests.
 """
 
 from __future__ import annotations
