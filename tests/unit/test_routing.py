@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from itertools import pairwise
 from random import Random
 from typing import Any
 
@@ -212,6 +213,42 @@ def test_two_proxies_agree_on_the_home_of_every_key() -> None:
         assert here.url == there.url
         homes[here.url] += 1
     assert len(homes) == 5
+
+
+# --- an endpoint that is gone -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", [RoutingPolicy(), SESSION])
+def test_an_endpoint_that_is_gone_costs_a_few_requests_a_second_try_and_no_request_its_answer(
+    policy: RoutingPolicy,
+) -> None:
+    """A minute of 200 requests a second, each of half a second, of which none may meet the dead one twice."""
+    those = upstreams(4, policy)
+    of, gone = router(policy, those), those[2]
+    under_way: deque[tuple[float, Upstream]] = deque()
+    refused_at: list[float] = []
+    for number in range(12_000):
+        now = AT + number / 200
+        while under_way and under_way[0][0] <= now:
+            ended = under_way.popleft()[1]
+            ended.in_flight -= 1
+            ended.breaker.succeeded(now)
+        tried: list[str] = []
+        key = key_of(b"%d" % (number % 50)) if of.wants_affinity("m") else None
+        while (chosen := of.pick("m", key, tried, now)) is gone:
+            gone.breaker.began(now)
+            gone.breaker.failed(now, is_unreachable=True)
+            refused_at.append(now)
+            tried.append(gone.url)
+        assert chosen is not None
+        chosen.breaker.began(now)
+        chosen.in_flight += 1
+        under_way.append((now + 0.5, chosen))
+    assert 5 <= len(refused_at) <= 10
+    waits = [later - earlier for earlier, later in pairwise(refused_at)]
+    assert all(wait >= back_off - 1e-6 for wait, back_off in zip(waits, (1, 2, 4, 8, 10, 10, 10, 10, 10), strict=False))
+    others = [one.in_flight for one in those if one is not gone]
+    assert max(others) - min(others) <= 12
 
 
 # --- what it is good for ------------------------------------------------------------------------------------
