@@ -158,6 +158,25 @@ class HandOver:
     default_lead_seconds: int = 600  # from a successor's creation to its readiness, until a start was measured
 
 
+class ChooseBy(StrEnum):
+    """By what one of a model's endpoints is chosen for a request."""
+
+    LEAST_IN_FLIGHT = "least_in_flight"  # of two that chance names, the one with less to do
+    PREFIX = "prefix"  # the conversation's beginning: its next turn finds the engine's cache warm
+    SESSION = "session"  # a header's value
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingPolicy:
+    """How proxies share out requests; no running job knows of it."""
+
+    policy: ChooseBy = ChooseBy.LEAST_IN_FLIGHT
+    session_header: str = "x-session-id"  # in lower case; read by SESSION only
+    weight: int = 100  # how much one replica takes, compared with one of another set of the model
+    slow_start_seconds: int = 30  # from its first readiness a replica's share grows for so long; 0: whole at once
+    max_in_flight: int | None = None  # of one replica; None: what its engine runs at once
+
+
 @dataclass(frozen=True, slots=True)
 class ReplicaSetSpec:
     """One template, its resources and its bounds. Exactly one of `slurm` and `endpoints` is given."""
@@ -175,6 +194,7 @@ class ReplicaSetSpec:
     scale_up: ScaleUp = field(default_factory=ScaleUp)
     scale_down: ScaleDown = field(default_factory=ScaleDown)
     hand_over: HandOver = field(default_factory=HandOver)
+    routing: RoutingPolicy = field(default_factory=RoutingPolicy)
     probe: str = "completion"  # completion | chat | embedding | models: what proves that the engine lives
     start_timeout_seconds: int = 1800  # from the first failed probe to the first passed one
     drain_timeout_seconds: int = 600
@@ -601,6 +621,15 @@ class RoutableEndpoint:
     first_ready_at: datetime
     ends_at: datetime | None  # the walltime's end; None: none is known
     yields_at: datetime | None = None  # from then on it gets new requests only if no other can take them
+    routing: RoutingPolicy = field(default_factory=RoutingPolicy)  # its set's
+
+    @property
+    def weight(self) -> int:
+        return self.routing.weight
+
+    @property
+    def max_in_flight(self) -> int | None:
+        return self.routing.max_in_flight
 
 
 @dataclass(frozen=True, slots=True)

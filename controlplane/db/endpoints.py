@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from psycopg.rows import DictRow
+from pydantic import TypeAdapter
 
 from controlplane.core.hand_over import yields_at
-from controlplane.core.types import Endpoint, HandOver, Health, Replica, RoutableEndpoint, ServedModel
+from controlplane.core.types import Endpoint, HandOver, Health, Replica, RoutableEndpoint, RoutingPolicy, ServedModel
 from controlplane.db.pool import Database
 
 _MODEL = "coalesce(r.spec->>'model', s.model) AS model"  # a replica serves what it was started for
@@ -18,6 +19,7 @@ _COLUMNS = (
     "coalesce(r.phase = 'DRAINING', false) AS is_draining, e.health, e.passes, e.fails, e.first_ready_at, "
     "e.failing_since, e.probed_at, e.confirmed_at, e.running, e.waiting, e.generated_tokens, e.message"
 )
+_ROUTING: TypeAdapter[RoutingPolicy] = TypeAdapter(RoutingPolicy)
 _FROM = "endpoints e JOIN replica_sets s ON s.name = e.replica_set LEFT JOIN replicas r ON r.id = e.replica_id"
 
 
@@ -109,7 +111,7 @@ async def load_routable(db: Database) -> tuple[RoutableEndpoint, ...]:
     async with db.connection() as connection:
         cursor = await connection.execute(
             "SELECT endpoint_id, model, replica_set, priority, url, api_key, replica, first_ready_at, ends_at, "
-            "running_since, hand_over_margin_seconds FROM routable_endpoints ORDER BY endpoint_id"
+            "running_since, hand_over_margin_seconds, routing FROM routable_endpoints ORDER BY endpoint_id"
         )
         return tuple(_routable(row) for row in await cursor.fetchall())
 
@@ -138,6 +140,7 @@ async def load_targets(db: Database) -> list[Target]:
 
 def _routable(row: DictRow) -> RoutableEndpoint:
     margin, since, ends_at = row.pop("hand_over_margin_seconds"), row.pop("running_since"), row["ends_at"]
+    row["routing"] = RoutingPolicy() if row["routing"] is None else _ROUTING.validate_python(row["routing"])
     if ends_at is None or since is None:
         return RoutableEndpoint(**row)
     rules = HandOver() if margin is None else HandOver(margin_seconds=margin)

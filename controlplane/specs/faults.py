@@ -63,6 +63,7 @@ _PATTERNS = {
     "name": "must be lower-case letters, digits and dashes, at most 40, not beginning or ending with a dash",
     "template": "must be lower-case letters, digits and dashes, such as vllm-apptainer",
     "api_key": "must be printable ASCII without spaces",
+    "session_header": "must be the name of one header, such as x-session-id",
     "environment": "is no name of an environment variable",
 }
 
@@ -88,6 +89,7 @@ _MODELS: tuple[type[BaseModel], ...] = (
     file_format.PolicyDocument,
     file_format.ScheduleDocument,
     file_format.HandOverDocument,
+    file_format.RoutingDocument,
 )
 _KNOWN_KEYS = sorted({key for model in _MODELS for key in model.model_fields})
 

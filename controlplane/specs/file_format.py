@@ -20,6 +20,7 @@ from controlplane.specs.schedules import check_cron, zone_of
 
 MAX_REPLICAS = 10_000
 _YEAR = 366 * 86400
+_HEADER_NAME = r"^[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}$"  # RFC 9110, 5.6.2
 
 
 def _printable(text: str) -> str:
@@ -201,6 +202,24 @@ class HandOverDocument(_Document):
     """How long a start is expected to take, from creation to ready, until one of this set was measured."""
 
 
+class RoutingDocument(_Document):
+    """How proxies share out requests among the model's replicas. A change touches no replica."""
+
+    policy: Literal["least_in_flight", "prefix", "session"] = "least_in_flight"
+    """`least_in_flight`: of two at random, the one with less to do. `prefix`: turns of one conversation go to one
+    replica, whose prefix cache knows it; none gets more than 1.25 times its share. `session`: the same by a header's
+    value, and by the conversation where it is missing. Of several sets of one model, the one with the lowest `priority`
+    that serves says so for all."""
+    session_header: Annotated[str, Field(pattern=_HEADER_NAME), AfterValidator(str.lower)] = "x-session-id"
+    """Whose value `session` goes by; upper and lower case do not differ."""
+    weight: Annotated[int, Field(ge=1, le=10_000)] = 100
+    """How much one replica takes, compared with a replica of another set of the same model."""
+    slow_start_seconds: Annotated[int, Field(ge=0, le=3600)] = 30
+    """For so long after it is ready for the first time a replica's share grows to the whole; 0: whole at once."""
+    max_in_flight: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """Requests that one replica is given at once; by default `--max-num-seqs` of vllm.args, else 256."""
+
+
 _ONE_KIND: JsonDict = {
     "oneOf": [
         {"required": ["slurm"], "properties": {"slurm": {"type": "object"}}},
@@ -236,6 +255,7 @@ class ReplicaSetDocument(_Document):
     schedules: list[ScheduleDocument] = []
     """Other bounds at certain times."""
     hand_over: HandOverDocument = HandOverDocument()
+    routing: RoutingDocument = RoutingDocument()
     probe: Literal["completion", "chat", "embedding", "models"] = "completion"
     """What proves that the engine lives: one token of an answer, an embedding, or only its list of models."""
     start_timeout_seconds: PositiveSeconds = 1800

@@ -12,11 +12,13 @@ import yaml
 from pydantic import ValidationError
 
 from controlplane.core.types import (
+    ChooseBy,
     ExternalEndpoint,
     HandOver,
     Mode,
     PolicyType,
     ReplicaSetSpec,
+    RoutingPolicy,
     ScaleDown,
     ScaleUp,
     ScalingPolicy,
@@ -102,6 +104,7 @@ def _spec(document: ReplicaSetDocument, path: str, directory: Path | None, fault
         "scale_up": ScaleUp(**_rules(document.scale_up)),
         "scale_down": ScaleDown(**_rules(document.scale_down)),
         "hand_over": HandOver(**dict(document.hand_over)),
+        "routing": RoutingPolicy(**{**dict(document.routing), "policy": ChooseBy(document.routing.policy)}),
         "endpoints": tuple(endpoints),
         "mode": Mode(document.mode),
         "schedules": tuple(Schedule(**dict(schedule)) for schedule in document.schedules),

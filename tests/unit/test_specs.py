@@ -78,6 +78,7 @@ def test_what_is_left_out_has_the_defaults_of_the_core_types() -> None:
         (file_format.EndpointDocument, types.ExternalEndpoint, {"api_key_file"}),
         (file_format.ScaleUpDocument, types.ScaleUp, set()),
         (file_format.ScaleDownDocument, types.ScaleDown, set()),
+        (file_format.RoutingDocument, types.RoutingPolicy, set()),
     ],
 )
 def test_the_file_has_exactly_the_fields_of_the_core_types(
@@ -132,6 +133,14 @@ def test_a_spec_as_json_reads_back_as_itself() -> None:
         ({"vllm": {"environment": {"A B": "x"}}}, "vllm.environment.A B", "no name of an environment variable"),
         ({"vllm": {"environment": {"A": 1}}}, "vllm.environment.A", "put it in quotes"),
         ({"probe": "ping"}, "probe", "must be one of"),
+        ({"routing": {"policy": "round_robin"}}, "routing.policy", "must be one of"),
+        ({"routing": {"polcy": "prefix"}}, "routing.polcy", "did you mean policy"),
+        ({"routing": {"weight": 0}}, "routing.weight", "1 or more"),
+        ({"routing": {"weight": 0.5}}, "routing.weight", "whole number"),
+        ({"routing": {"slow_start_seconds": 3601}}, "routing.slow_start_seconds", "3600 or less"),
+        ({"routing": {"max_in_flight": 0}}, "routing.max_in_flight", "1 or more"),
+        ({"routing": {"session_header": "x-chat: 7"}}, "routing.session_header", "the name of one header"),
+        ({"routing": "prefix"}, "routing", "mapping"),
         ({"start_timeout_seconds": 0}, "start_timeout_seconds", "more than 0"),
         ({"endpoints": [{"url": "http://h:1"}]}, "", "exactly one of slurm and endpoints"),
         ({"slurm": None}, "", "exactly one of slurm and endpoints"),
@@ -179,6 +188,14 @@ def test_an_endpoint_may_be_a_name_or_an_address(url: str) -> None:
 )
 def test_what_only_slurm_can_do_is_refused_beside_endpoints(change: dict[str, Any]) -> None:
     assert f"{next(iter(change))} is only for sets that Slurm runs" in faults({**EXTERNAL, **change})[""]
+
+
+@pytest.mark.parametrize("kind", [SLURM, EXTERNAL])
+def test_every_kind_of_set_says_how_it_is_routed(kind: dict[str, Any]) -> None:
+    routing = {"policy": "session", "session_header": "X-Chat-Id", "weight": 300, "max_in_flight": 64}
+    assert parse_one({**kind, "routing": routing}).routing == types.RoutingPolicy(
+        types.ChooseBy.SESSION, session_header="x-chat-id", weight=300, max_in_flight=64
+    )
 
 
 def test_a_key_that_is_no_unicode_is_refused_in_words_that_can_be_sent() -> None:

@@ -9,10 +9,12 @@ import pytest
 
 from controlplane.core.specs import spec_hash
 from controlplane.core.types import (
+    ChooseBy,
     ExternalEndpoint,
     HandOver,
     Mode,
     ReplicaSetSpec,
+    RoutingPolicy,
     ScaleDown,
     ScaleUp,
     Schedule,
@@ -38,6 +40,7 @@ LEAVES_JOBS_ALONE: dict[str, Any] = {
     "scale_up": ScaleUp(step=2),
     "scale_down": ScaleDown(step=2),
     "hand_over": HandOver(margin_seconds=2),
+    "routing": RoutingPolicy(ChooseBy.PREFIX, weight=7),
     "start_timeout_seconds": 1,
     "drain_timeout_seconds": 1,
     "unhealthy_timeout_seconds": 1,
