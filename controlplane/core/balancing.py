@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import datetime
 from enum import StrEnum
 from itertools import accumulate
@@ -222,26 +222,6 @@ class _Seat(Generic[C]):
         self.most = math.inf if endpoint.max_in_flight is None else endpoint.max_in_flight
         self.share = float(self.weight)
         self.lasts = True
-
-
-def pick(
-    endpoints: Sequence[RoutableEndpoint],
-    in_flight: Mapping[str, int],
-    rng: Random,
-    excluded: Collection[str] = (),
-    *,
-    now: datetime,
-) -> RoutableEndpoint | None:
-    """One of the endpoints that last, with the fewest requests in flight; None when all are excluded.
-
-    `in_flight` and `excluded` go by URL: that is what has a load, and what can be unreachable.
-    """
-    candidates = [endpoint for endpoint in endpoints if endpoint.url not in excluded]
-    if not candidates:
-        return None
-    candidates = [one for one in candidates if one.yields_at is None or now < one.yields_at] or candidates
-    fewest = min(in_flight.get(endpoint.url, 0) for endpoint in candidates)
-    return rng.choice([endpoint for endpoint in candidates if in_flight.get(endpoint.url, 0) == fewest])
 
 
 def may_retry(failure: Failure, before: Collection[Failure] = (), *, is_repeatable: bool = True) -> bool:

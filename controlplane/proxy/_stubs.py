@@ -3,18 +3,6 @@ from loguru import logger
 from controlplane.clock import utc_now
 
 
-class Router:
-    def __init__(self, rng): self.rng=rng; self.by={}; self.bad={}
-    def follow(self, ups, routing, now): self.by=ups
-    def wants_affinity(self, model): return False
-    def pick(self, model, affinity, tried, now):
-        best=None
-        for u in self.by.get(model, ()):
-            if u.url not in tried and (best is None or u.in_flight < best.in_flight): best=u
-        return best
-class RetryBudget:
-    def request(self, now): pass
-    def may_retry(self, now): return True
 class WaitingRooms:
     def follow(self, snapshot, now): self.s=snapshot
     def enter(self, model, tenant): return model in self.s.endpoints

@@ -20,10 +20,11 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.types import Receive, Scope, Send
 
 from controlplane.clock import utc_now
+from controlplane.core.retry_budget import RetryBudget
 from controlplane.core.types import ServedModel
 from controlplane.db import Database
 from controlplane.metrics import ProxyMetrics
-from controlplane.proxy._stubs import AccessLog, Limits, RetryBudget, Router, Usage, WaitingRooms
+from controlplane.proxy._stubs import AccessLog, Limits, Usage, WaitingRooms
 from controlplane.proxy.auth import authenticate, credential_of, may_use
 from controlplane.proxy.directory import Directory, ModelState, Snapshot, seconds_to_ready
 from controlplane.proxy.errors import (
@@ -38,6 +39,7 @@ from controlplane.proxy.options import ProxyOptions
 from controlplane.proxy.plane import Plane
 from controlplane.proxy.protocol import ROUTES, ClientConnection
 from controlplane.proxy.request import header, request_id_of
+from controlplane.proxy.routing import Router
 from controlplane.proxy.upstreams import Upstreams
 
 _JSON = b"application/json"
@@ -110,7 +112,7 @@ class Proxy:
 
     def _follow(self, snapshot: Snapshot) -> None:
         upstreams = self._plane.upstreams.follow(snapshot.endpoints)
-        self._plane.router.follow(upstreams, {}, utc_now())
+        self._plane.router.follow(upstreams, snapshot.routing, utc_now(), time.monotonic())
         self._plane.rooms.follow(snapshot, self._plane.now)
 
     # --- answers ------------------------------------------------------------------------------------------

@@ -221,6 +221,7 @@ class Call:
         self._has_place = True
         plane = self._plane
         plane.metrics.in_flight[self.model] += 1
+        plane.retries.request(now)
         upstream = self._another(now)
         if upstream is not None:
             self._go(upstream, now)
@@ -234,11 +235,11 @@ class Call:
 
     def _another(self, now: float) -> Upstream | None:
         """An endpoint that was not tried, of those that are routable now: a drain counts on that."""
-        plane, model = self._plane, self.model
+        router, model = self._plane.router, self.model
         affinity = None
-        if plane.router.wants_affinity(model):
-            affinity = plane.router.affinity_of(model, self.request.fields, self.request.body)
-        return plane.router.pick(model, affinity, self._tried, now)
+        if router.wants_affinity(model):
+            affinity = router.affinity_of(model, self.request.fields, self.request.body)
+        return router.pick(model, affinity, self._tried, now)
 
     def _go(self, upstream: Upstream, now: float) -> None:
         self._upstream = upstream
@@ -359,7 +360,10 @@ class Call:
                 self._end_stream_with(self._opening)
             return False
         now = self._first_byte_at = time.monotonic()
-        upstream.breaker.succeeded(now) if head.status < 500 else upstream.breaker.failed(now)
+        if head.status in _ENGINE_FAILED:
+            upstream.breaker.failed(now)
+        else:
+            upstream.breaker.succeeded(now)
         self._phase = Phase.ANSWERING
         options = self._plane.options
         self._patience = options.idle_timeout_seconds
@@ -434,7 +438,8 @@ class Call:
         if len(self._tried) >= plane.options.max_tries:
             return False
         other = self._another(now)
-        if other is None or not plane.retries.may_retry(now):
+        # a refused connection cost nobody anything, and each endpoint is tried once
+        if other is None or not (failure is Failure.REFUSED or plane.retries.may_retry(now)):
             return False
         self._leave_upstream(failure)
         self._retries += (failure,)
@@ -601,7 +606,8 @@ class Call:
         if self._upstream is not None:
             self._upstream.in_flight -= 1
             if failure is not None:
-                self._upstream.breaker.failed(time.monotonic())
+                is_unreachable = failure is Failure.REFUSED or failure is Failure.CONNECT_TIMEOUT
+                self._upstream.breaker.failed(time.monotonic(), is_unreachable=is_unreachable)
             self._upstream = None
 
     def _give_place_back(self) -> None:

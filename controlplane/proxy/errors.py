@@ -117,18 +117,18 @@ def _retry_after(seconds: int) -> Headers:
     return ((b"retry-after", str(seconds).encode()),)
 
 
-def bad_request(message: str) -> ApiError:
-    """Not HTTP as it should be."""
-    return ApiError(400, "invalid_request", message)
+class BadRequest(ApiError):
+    """Not HTTP as it should be: after it, nobody can be sure where the next request begins."""
+
+
+def bad_request(message: str) -> BadRequest:
+    return BadRequest(400, "invalid_request", message)
 
 
 def head_too_large(limit: int) -> ApiError:
-    return ApiError(431, "invalid_request", f"The request's headers are larger than the {limit} bytes that are accepted.")
+    sentence = f"The request's headers are larger than the {limit} bytes that are accepted."
+    return ApiError(431, "invalid_request", sentence)
 
 
 def request_timeout() -> ApiError:
-    return ApiError(408, "request_timeout", "The request did not arrive in time.", headers=((b"x-should-retry", b"true"),))
-
-
-def version_not_supported() -> ApiError:
-    return ApiError(505, "invalid_request", "This server speaks HTTP/1.1 and HTTP/1.0.")
+    return ApiError(408, "request_timeout", "The request did not arrive in time.")

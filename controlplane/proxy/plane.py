@@ -6,10 +6,12 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from controlplane.core.retry_budget import RetryBudget
 from controlplane.proxy import wire
 from controlplane.proxy.directory import Directory
 from controlplane.proxy.options import ProxyOptions
-from controlplane.proxy.upstreams import Upstreams
+from controlplane.proxy.routing import Router
+from controlplane.proxy.upstreams import Upstream, Upstreams
 
 if TYPE_CHECKING:
     from controlplane.proxy.protocol import ClientConnection
@@ -20,7 +22,7 @@ class Plane:
     options: ProxyOptions
     directory: Directory
     upstreams: Upstreams
-    router: Router
+    router: Router[Upstream]
     retries: RetryBudget
     rooms: WaitingRooms
     limits: Limits

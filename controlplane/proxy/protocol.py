@@ -38,12 +38,12 @@ from controlplane.proxy.auth import authenticate, credential_of
 from controlplane.proxy.call import CLIENT_LEFT, Call, Request
 from controlplane.proxy.errors import (
     ApiError,
+    BadRequest,
     bad_request,
     head_too_large,
     nothing_known_yet,
     request_timeout,
     request_too_large,
-    version_not_supported,
 )
 from controlplane.proxy.plane import Plane
 from controlplane.proxy.request import request_id_of
@@ -281,13 +281,28 @@ class ClientConnection(asyncio.Protocol):
             incoming.head_bytes += len(data)
         try:
             parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            # It cannot go on. A request that offers another protocol has been read: it is answered in this one.
-            self._parser = None
-            if not self._queue:
-                self._give_up(bad_request("This server does not change to another protocol."))
+        except httptools.HttpParserUpgrade as offer:
+            self._decline(self._queue.pop(), data[offer.args[0] :])
         except httptools.HttpParserError:
             self._give_up(bad_request("This is not a valid HTTP request."))
+
+    def _decline(self, incoming: _Incoming, rest: bytes) -> None:
+        """A request that offers to change to another protocol, as `curl --http2` does, is served in this one.
+
+        The parser has stopped behind its head, and takes what follows for the other protocol: it is read anew, without
+        the offer.
+        """
+        if incoming.method == "CONNECT":
+            self._give_up(bad_request("This server is no tunnel."))
+            return
+        fields = [
+            (name, b"close" if b"close" in value.lower() else b"keep-alive") if name == b"connection" else (name, value)
+            for name, value in incoming.fields
+            if name != b"upgrade"
+        ]
+        line = b"%b %b HTTP/%b\r\n" % (incoming.method.encode(), incoming.target, incoming.version.encode())
+        self._parser = httptools.HttpRequestParser(self)
+        self._feed(line + wire.lines(fields) + b"\r\n" + rest)
 
     def _look_at_part(self, incoming: _Incoming) -> None:
         """The next request is not whole yet; there may be something to say to it all the same."""
@@ -314,8 +329,10 @@ class ClientConnection(asyncio.Protocol):
         self._incoming.target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        assert self._incoming is not None
-        self._incoming.fields.append((name.lower(), value))
+        incoming = self._incoming
+        assert incoming is not None
+        if not incoming.method:  # what comes after the body is a trailer, and nobody asked for it (RFC 9110, 6.5.1)
+            incoming.fields.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         incoming, parser = self._incoming, self._parser
@@ -336,6 +353,8 @@ class ClientConnection(asyncio.Protocol):
                 _check_framing(incoming)
         except ApiError as error:
             incoming.refusal = error
+            if isinstance(error, BadRequest):
+                incoming.keeps_alive = False  # whoever is between us may have read it otherwise
 
     def _read_head(self, incoming: _Incoming, request: Request) -> None:
         """Raises ApiError."""
@@ -366,7 +385,7 @@ class ClientConnection(asyncio.Protocol):
         request.request_id = request_id_of(request_id)
         request.is_http_10 = incoming.version == "1.0"
         if incoming.version not in _VERSIONS:
-            raise version_not_supported()
+            raise bad_request("This server speaks HTTP/1.1 and HTTP/1.0.")
         _check_hosts(hosts, incoming.version)
         if hops is not None and hops not in (b"keep-alive", b"close"):
             named = {token.strip() for token in hops.split(b",")}
@@ -551,7 +570,7 @@ def _origin_form(target: bytes) -> tuple[bytes, bytes, bytes]:
 def _check_framing(incoming: _Incoming) -> None:
     """Of a request that is the application's. Raises ApiError."""
     if incoming.version not in _VERSIONS:
-        raise version_not_supported()
+        raise bad_request("This server speaks HTTP/1.1 and HTTP/1.0.")
     hosts = 0
     for name, value in incoming.fields:
         if name == b"host":

@@ -10,12 +10,6 @@ import pytest
 
 NOT_YET = {
     "audio": "the audio routes are not passed on yet",
-    "host": "HTTP/1.1 without a Host, or with two, is served (RFC 9112, 3.2: 400)",
-    "versions": "HTTP/0.9 and HTTP/2.0 in a request line are served as if they were 1.1",
-    "header limit": "request heads and trailers may be as large as their sender likes",
-    "trailers": "trailer fields of a chunked request become header fields of what is sent upstream (RFC 9110, 6.5.1)",
-    "upgrade": "a request that offers an upgrade (h2c, as `curl --http2` does) is never answered; a body is not read",
-    "log of broken connections": "answering a connection that was reset is logged as an exception, with a traceback",
 }
 
 
