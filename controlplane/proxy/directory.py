@@ -12,15 +12,15 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 
 from loguru import logger
 
 from controlplane.clock import utc_now
-from controlplane.core.types import ApiKey, RoutableEndpoint, ServedModel
-from controlplane.db import ENDPOINTS_CHANNEL, Database, DatabaseError, endpoints, keys
+from controlplane.core.types import ApiKey, RoutableEndpoint, ServedModel, TenantLimits
+from controlplane.db import ENDPOINTS_CHANNEL, Database, DatabaseError, endpoints, keys, tenants
 
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.1, 5.0
 
@@ -39,6 +39,7 @@ class Snapshot:
     models: Mapping[str, ServedModel]
     endpoints: Mapping[str, tuple[RoutableEndpoint, ...]]  # by model; a model without any is absent
     keys: Mapping[bytes, ApiKey]  # by hash
+    tenants: Mapping[str, TenantLimits] = field(default_factory=dict)  # every one
 
     def state_of(self, model: ServedModel) -> ModelState:
         if model.model in self.endpoints:
@@ -154,4 +155,5 @@ async def _read(db: Database, now: datetime) -> Snapshot:
         models={model.model: model for model in await endpoints.load_served_models(db)},
         endpoints={model: tuple(those) for model, those in routable.items()},
         keys={key.key_hash: key for key in await keys.load_active(db, now)},
+        tenants=await tenants.load_limits(db),
     )
