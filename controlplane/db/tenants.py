@@ -16,7 +16,7 @@ from controlplane.db.pool import Database
 
 _LIMITS = tuple(field.name for field in fields(TenantLimits))
 _COLUMNS = ", ".join(_LIMITS)
-_NAME = r"[A-Za-z0-9]([A-Za-z0-9_.@-]{0,62}[A-Za-z0-9])?"
+NAME = r"[A-Za-z0-9]([A-Za-z0-9_.@-]{0,62}[A-Za-z0-9])?"
 _MOST = {"requests_per_minute": 2**31 - 1, "max_concurrent": 2**31 - 1}  # as wide as their columns
 _MOST_TOKENS = 2**53  # exact in every JSON reader
 _MOST_WEIGHT = 1000
@@ -65,7 +65,7 @@ async def set_limits(
         _check(field, value)
     async with db.transaction() as connection:
         row = None
-        if re.fullmatch(_NAME, name):
+        if re.fullmatch(NAME, name):
             cursor = await connection.execute(f"SELECT {_COLUMNS} FROM tenants WHERE name = %s FOR UPDATE", (name,))
             row = await cursor.fetchone()
         if row is None:
