@@ -98,6 +98,7 @@ class Limits:
         self._clock = clock
         self._tenants: dict[str, _Tenant] = {}
         self._wake = asyncio.Event()
+        self._one_at_a_time = asyncio.Lock()
         self._is_busy = False
         self._is_failing = False
         self._shared = _Shared(expected_workers, today().replace(day=1), tally, self._wake)
@@ -134,7 +135,7 @@ class Limits:
             raise found.refusal(reached, now)
         estimate = body_bytes // _BYTES_PER_TOKEN + (DEFAULT_COMPLETION_TOKENS if max_tokens is None else max_tokens)
         found.take(estimate, now)
-        return Grant(found, estimate, b"".join(b"%s: %s\r\n" % line for line in found.lines(now)))
+        return Grant(found, estimate, found.header_lines(now))
 
     async def run(self) -> None:
         """Exchange until cancelled."""
@@ -149,13 +150,17 @@ class Limits:
 
     async def exchange(self) -> bool:
         """Tell the other workers what was used, and take a part of what is left. False: the database is away."""
-        self._wake.clear()
+        async with self._one_at_a_time:
+            self._wake.clear()  # before: who asks meanwhile is to be heard
+            return await self._exchange()
+
+    async def _exchange(self) -> bool:
         shared = self._shared
         budgeted = [one.name for one in self._tenants.values() if one.limits[_MONTH] is not None]
         # before it is read: what is stored meanwhile counts twice until the next exchange, which is better than never
         stored = {name: self._tally(name, shared.month)[1] for name in budgeted}
         month = shared.month
-        growth: dict[_Tenant, list[float]] = {}
+        growth: list[tuple[_Tenant, tuple[int | None, ...], list[float]]] = []
 
         def decide(heard: limit_parts.Exchanged) -> limit_parts.Own:
             now = self._clock()
@@ -166,7 +171,8 @@ class Limits:
                     tenant.month_base = heard.month_tokens.get(tenant.name, 0) - already
             shared.month = heard.month
             for tenant in self._tenants.values():
-                said, growth[tenant] = tenant.share(heard.others.get(tenant.name), heard.workers, now)
+                said, more = tenant.share(heard.others.get(tenant.name), heard.workers, now)
+                growth.append((tenant, tenant.limits, more))
                 if said is not None:
                     own[tenant.name] = said
             return own
@@ -183,8 +189,9 @@ class Limits:
         self._is_failing = False
         shared.workers = heard.workers
         shared.heard_at = self._clock()
-        for tenant, more in growth.items():
-            tenant.grow(more)
+        for tenant, limits, more in growth:
+            if tenant.limits is limits:  # else others are in force since, with parts of their own
+                tenant.grow(more)
         self._is_busy = heard.workers > 1 and any(any(told.used) for told in heard.others.values())
         return True
 
@@ -228,6 +235,7 @@ class _Tenant:
         "_others_used",
         "_reserved",
         "_shared",
+        "_templates",
         "limits",
         "month_base",
         "name",
@@ -237,6 +245,7 @@ class _Tenant:
         self.name = name
         self._shared = shared
         self.limits: tuple[int | None, ...] = (None,) * 4
+        self._templates: list[bytes] = []
         self._minute_requests = SlidingMinute()
         self._minute_tokens = SlidingMinute()
         self._concurrent = 0
@@ -251,6 +260,7 @@ class _Tenant:
         if asked == self.limits:
             return False
         self.limits = asked
+        self._templates = [_template(word, limit) for word, limit in zip((b"requests", b"tokens"), asked, strict=False)]
         for kind in _EVERY:
             if asked[kind] is not None:
                 own = self._own_used(kind, now)
@@ -371,20 +381,19 @@ class _Tenant:
 
     # --- what the client is told ----------------------------------------------------------------------------
 
-    def lines(self, now: float) -> Headers:
+    def header_lines(self, now: float) -> bytes:
         """OpenAI's `x-ratelimit-` headers, of the limits per minute."""
-        found: list[tuple[bytes, bytes]] = []
-        for kind, window, word in (
-            (_REQUESTS, self._minute_requests, b"requests"),
-            (_TOKENS, self._minute_tokens, b"tokens"),
-        ):
+        told = b""
+        for kind, window in ((_REQUESTS, self._minute_requests), (_TOKENS, self._minute_tokens)):
             limit = self.limits[kind]
             if limit is not None:
-                remaining = max(0, int(limit - self._used(kind, now)))
-                found.append((b"x-ratelimit-limit-" + word, b"%d" % limit))
-                found.append((b"x-ratelimit-remaining-" + word, b"%d" % remaining))
-                found.append((b"x-ratelimit-reset-" + word, b"%ds" % math.ceil(window.seconds_to_empty(now))))
-        return tuple(found)
+                remaining = int(limit - window.used(now) - self._others_used[kind])
+                told += self._templates[kind] % (max(0, remaining), math.ceil(window.seconds_to_empty(now)))
+        return told
+
+    def _headers(self, now: float) -> Headers:
+        pairs = (line.partition(b": ") for line in self.header_lines(now).split(b"\r\n"))
+        return tuple((name, value) for name, _, value in pairs if name)
 
     def refusal(self, kind: int, now: float) -> ApiError:
         limit = self.limits[kind]
@@ -396,7 +405,7 @@ class _Tenant:
             return insufficient_quota(
                 f"The monthly budget of {limit} tokens is used up: {used} are used or reserved. "
                 "It begins anew on the first of the month (UTC).",
-                self.lines(now),
+                self._headers(now),
             )
         if kind == _CONCURRENT:
             wait = _CONCURRENT_RETRY_SECONDS
@@ -408,4 +417,14 @@ class _Tenant:
                 enough = limit - 1 - self._others_used[kind]
                 wait = max(1, min(_LONGEST_RETRY_SECONDS, math.ceil(window.seconds_until(enough, now))))
             words = f"Limit of {limit} {_KINDS[kind]} per minute reached: {used} were used in the last 60 s."
-        return rate_limit_exceeded(f"{words} Try again in {wait} s.", wait, self.lines(now))
+        return rate_limit_exceeded(f"{words} Try again in {wait} s.", wait, self._headers(now))
+
+
+def _template(word: bytes, limit: int | None) -> bytes:
+    """Of one limit's headers; what remains and the seconds until all of it does are to be filled in."""
+    return (b"x-ratelimit-limit-%s: %d\r\nx-ratelimit-remaining-%s: %%d\r\nx-ratelimit-reset-%s: %%ds\r\n") % (
+        word,
+        limit or 0,
+        word,
+        word,
+    )
