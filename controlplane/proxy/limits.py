@@ -34,6 +34,7 @@ from controlplane.db import Database, DatabaseError, limit_parts
 from controlplane.proxy.errors import ApiError, Headers, insufficient_quota, rate_limit_exceeded
 
 DEFAULT_COMPLETION_TOKENS = 512  # of a request that does not say how many it wants
+_MOST_COMPLETION_TOKENS = 1_000_000  # more than any model generates: what a client asks for is not to be trusted
 _BYTES_PER_TOKEN = 4
 
 _REQUESTS, _TOKENS, _CONCURRENT, _MONTH = range(4)  # the order of the table's arrays
@@ -133,7 +134,8 @@ class Limits:
         if reached is not None:
             self.refused[_KINDS[reached]] += 1
             raise found.refusal(reached, now)
-        estimate = body_bytes // _BYTES_PER_TOKEN + (DEFAULT_COMPLETION_TOKENS if max_tokens is None else max_tokens)
+        wanted = DEFAULT_COMPLETION_TOKENS if max_tokens is None else max(0, min(max_tokens, _MOST_COMPLETION_TOKENS))
+        estimate = body_bytes // _BYTES_PER_TOKEN + wanted
         found.take(estimate, now)
         return Grant(found, estimate, found.header_lines(now))
 

@@ -149,6 +149,17 @@ async def test_a_request_larger_than_the_limit_is_admitted_when_nothing_else_was
     admitted(limits, 120.0, max_tokens=5000)
 
 
+@pytest.mark.parametrize("wanted", [-(10**6), 10**30])
+async def test_an_absurd_number_of_tokens_neither_frees_any_nor_takes_more_than_a_model_generates(
+    make: Callable[..., Limits], wanted: int
+) -> None:
+    limits = make(tokens_per_minute=2_000_000)
+    admitted(limits, 0.0, max_tokens=1_500_000).settle(1_500_000, 0.0)
+    admitted(limits, 0.0, max_tokens=wanted).settle(0, 0.0)
+    admitted(limits, 0.0, max_tokens=500_000)
+    assert refusal(limits, 0.0).code == "rate_limit_exceeded"
+
+
 async def test_concurrent_requests_are_counted_until_they_end(make: Callable[..., Limits]) -> None:
     limits = make(max_concurrent=1)
     grant = admitted(limits, 0.0)

@@ -75,7 +75,7 @@ BEGIN
         OR (NEW.state <> 'PENDING' AND NEW.ends_at > NEW.started_at) -- or it ran unseen
     THEN
         INSERT INTO job_runs (replica, replica_set, model, job_id, gpus, started_at)
-        SELECT r.name, r.replica_set, r.spec->>'model', NEW.job_id,
+        SELECT r.name, r.replica_set, coalesce(r.spec->>'model', ''), NEW.job_id,
                coalesce((r.spec->'slurm'->>'nodes')::integer, 1)
                    * coalesce((r.spec->'slurm'->>'gpus_per_node')::integer, 0),
                coalesce(NEW.started_at, NEW.observed_at)
