@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from controlplane import cli_keys, cli_nodes
+from controlplane import cli_keys, cli_nodes, cli_tenants
 from controlplane.cli_session import (
     FAILED,
     actor,
@@ -52,6 +52,12 @@ cli = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 cli.add_typer(cli_keys.cli, name="keys", rich_help_panel=_ACCESS)
+cli.add_typer(cli_tenants.cli, name="tenants", rich_help_panel=_ACCESS)
+cli.command(
+    rich_help_panel=_ACCESS,
+    epilog="[bold]Examples[/]\n\ncontrolplane usage --month 2026-11\n\n"
+    "controlplane usage --by model --tenant physics\n\ncontrolplane usage --by day --csv > usage.csv",
+)(cli_tenants.usage)
 cli.add_typer(cli_nodes.cli, name="nodes", rich_help_panel=_NODES)
 
 Role = Literal["all", "control", "proxy"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 
 _RFC3339 = re.compile(
     r"(?P<seconds>\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d)(?:\.(?P<fraction>\d+))?(?P<zone>[Zz]|[+-]\d\d:\d\d)", re.ASCII
@@ -48,3 +48,13 @@ def parse_moment(text: str, now: datetime) -> datetime:
     if moment > now:
         raise ValueError(f"{text[:64]} is still to come; give a moment of the past")
     return moment
+
+
+def parse_month(text: str) -> tuple[date, date]:
+    """`2026-11` as its first day, and the first of the next month. Raises ValueError with a sentence."""
+    if not re.fullmatch(r"[1-9]\d{3}-(0[1-9]|1[0-2])", text, re.ASCII):
+        raise ValueError(f"{text[:64]!r} is no month, as 2026-11")
+    first = date(int(text[:4]), int(text[5:]), 1)
+    if (first.year, first.month) == (date.max.year, 12):
+        raise ValueError(f"{text!r} is too late")
+    return first, (first + timedelta(days=31)).replace(day=1)

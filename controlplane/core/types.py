@@ -657,3 +657,19 @@ class ApiKey:
     created_at: datetime
     expires_at: datetime | None
     revoked_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TenantLimits:
+    """What one tenant may use; None: as much as there is."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None  # prompt and completion
+    max_concurrent: int | None = None  # requests in flight or waiting
+    monthly_tokens: int | None = None  # of the UTC month
+    weight: float = 1.0  # against other tenants that wait for the same model
+
+    @property
+    def is_limited(self) -> bool:
+        bounds = (self.requests_per_minute, self.tokens_per_minute, self.max_concurrent, self.monthly_tokens)
+        return any(bound is not None for bound in bounds)

@@ -20,8 +20,8 @@ from loguru import logger
 
 from controlplane.clock import utc_now
 from controlplane.core.balancing import policy_of
-from controlplane.core.types import ApiKey, RoutableEndpoint, RoutingPolicy, ServedModel
-from controlplane.db import ENDPOINTS_CHANNEL, Database, DatabaseError, endpoints, keys
+from controlplane.core.types import ApiKey, RoutableEndpoint, RoutingPolicy, ServedModel, TenantLimits
+from controlplane.db import ENDPOINTS_CHANNEL, Database, DatabaseError, endpoints, keys, tenants
 
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.1, 5.0
 
@@ -41,6 +41,7 @@ class Snapshot:
     endpoints: Mapping[str, tuple[RoutableEndpoint, ...]]  # by model; a model without any is absent
     keys: Mapping[bytes, ApiKey]  # by hash
     routing: Mapping[str, RoutingPolicy] = field(default_factory=dict)  # by model, of those that have endpoints
+    tenants: Mapping[str, TenantLimits] = field(default_factory=dict)  # every one
 
     def state_of(self, model: ServedModel) -> ModelState:
         if model.model in self.endpoints:
@@ -157,4 +158,5 @@ async def _read(db: Database, now: datetime) -> Snapshot:
         endpoints={model: tuple(those) for model, those in routable.items()},
         keys={key.key_hash: key for key in await keys.load_active(db, now)},
         routing={model: policy_of(those) for model, those in routable.items()},
+        tenants=await tenants.load_limits(db),
     )

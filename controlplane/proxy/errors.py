@@ -73,6 +73,27 @@ def method_not_allowed(method: str, path: str, allowed: str) -> ApiError:
     return ApiError(405, None, f"Not allowed to {method} on {path}.", headers=((b"allow", allowed.encode()),))
 
 
+def rate_limit_exceeded(message: str, retry_after_seconds: int, more: Headers = ()) -> ApiError:
+    return ApiError(
+        429,
+        "rate_limit_exceeded",
+        message,
+        kind="rate_limit_error",
+        headers=(*_retry_after(retry_after_seconds), *more),
+    )
+
+
+def insufficient_quota(message: str, more: Headers = ()) -> ApiError:
+    """A budget that is spent comes back next month: nobody should wait for that."""
+    return ApiError(
+        429,
+        "insufficient_quota",
+        message,
+        kind="insufficient_quota",
+        headers=((b"x-should-retry", b"false"), *more),
+    )
+
+
 def model_starting(model: str, retry_after_seconds: int) -> ApiError:
     return ApiError(
         503,

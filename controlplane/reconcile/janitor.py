@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from controlplane.db import Database, alerts, decisions, nodes, replicas, why
+from controlplane.db import Database, alerts, decisions, nodes, replicas, usage, why
 
 
 @dataclass(frozen=True, slots=True)
 class JanitorOptions:
     interval_seconds: float = 3600.0
     keep_alerts_seconds: int = 30 * 86400
+    keep_batches_seconds: int = 30 * 86400  # far longer than a proxy that is cut off has usage to store again
     keep_ended_seconds: int = 180 * 86400  # replicas with their histories, nodes' history, decisions, and the audit
 
 
@@ -21,6 +22,7 @@ class JanitorLoop:
     def __init__(self, db: Database, options: JanitorOptions) -> None:
         self._db = db
         self._keep_alerts = timedelta(seconds=options.keep_alerts_seconds)
+        self._keep_batches = timedelta(seconds=options.keep_batches_seconds)
         self._keep_ended = timedelta(seconds=options.keep_ended_seconds)
         self.interval_seconds = options.interval_seconds
 
@@ -30,6 +32,7 @@ class JanitorLoop:
             "replicas": await replicas.forget(self._db, older_than=self._keep_ended, now=now),
             "changes of nodes": await nodes.forget_history(self._db, older_than=self._keep_ended, now=now),
             "decisions": await decisions.forget(self._db, older_than=self._keep_ended, now=now),
+            "proxies' numbers": await usage.forget_batches(self._db, older_than=self._keep_batches, now=now),
             "rows of histories": await why.forget(self._db, older_than=self._keep_ended, now=now),
         }
         words = [f"{count} {what}" for what, count in forgotten.items() if count]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from datetime import datetime
+from datetime import date, datetime
 from typing import Any
 
 from controlplane.core.nodes import NodeMark
 from controlplane.core.stories import RecordedDecision
-from controlplane.core.types import Alert, Endpoint, Freeze, Replica, ReplicaSet, ReplicaSetSpec
+from controlplane.core.types import Alert, Endpoint, Freeze, Replica, ReplicaSet, ReplicaSetSpec, TenantLimits
 from controlplane.db.audit import Said
 from controlplane.db.back_offs import RecordedBackOff
 from controlplane.db.job_logs import JobLog
+from controlplane.db.tenants import Tenant
+from controlplane.db.usage import Report
 
 Document = dict[str, Any]
 
@@ -184,6 +186,27 @@ def decision_document(one: RecordedDecision) -> Document:
 
 def said_document(one: Said) -> Document:
     return {"at": _time(one.at), "actor": one.actor, "kind": one.kind, "subject": one.subject, "words": one.words}
+
+
+def limits_document(limits: TenantLimits) -> Document:
+    """None: no limit."""
+    return asdict(limits)
+
+
+def tenant_document(one: Tenant) -> Document:
+    return {"name": one.name, "limits": limits_document(one.limits), "month_tokens": one.month_tokens}
+
+
+def usage_document(report: Report, *, by: str, first: date, tenant: str | None) -> Document:
+    """Idle seconds are nobody's: with one tenant's lines they are told all the same, for comparison."""
+    return {
+        "month": f"{first:%Y-%m}",
+        "by": by,
+        "tenant": tenant,
+        "lines": [asdict(line) for line in report.lines],
+        "idle_gpu_seconds": report.idle_gpu_seconds,
+        "gpu_seconds": report.gpu_seconds,
+    }
 
 
 def _time(time: datetime | None) -> str | None:

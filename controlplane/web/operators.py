@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from controlplane.core.times import parse_time
+from controlplane.core.times import parse_month, parse_time
 from controlplane.core.types import Freeze, Phase, ReplicaSet, ReplicaSetSpec
 from controlplane.core.verbs import Verb
 from controlplane.db import (
@@ -36,6 +36,8 @@ from controlplane.db import (
     nodes,
     replica_sets,
     replicas,
+    tenants,
+    usage,
 )
 from controlplane.slurm.script import ScriptError, ScriptOptions, check
 from controlplane.specs import SpecError, faults_of, parse_one
@@ -103,6 +105,16 @@ class ReasonBody(_Body):
     reason: Text | None = None
 
 
+class LimitsBody(_Body):
+    """What is null is no limit, and what is not given stays."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    max_concurrent: int | None = None
+    monthly_tokens: int | None = None
+    weight: float = 1.0
+
+
 class EmptyBody(_Body):
     pass
 
@@ -157,6 +169,9 @@ def routes(
         verb("freeze", sets.freeze_all),
         verb("unfreeze", sets.unfreeze_all),
         *(verb(f"replicas/{{name}}/{word}", _replica_verb(db, word)) for word in Verb),
+        route("GET", "tenants", reads.tenants),
+        route("GET", "usage", reads.usage, parameters=("by", "month", "tenant")),
+        verb("tenants/{name}/limits", _set_limits(db), method="PUT"),
         route("GET", "nodes", reads.nodes),
         verb("nodes/{name}/drain", _drain_node(db)),
         verb("nodes/{name}/undrain", _undrain_node(db)),
@@ -219,6 +234,25 @@ class _Reads:
     async def audit(self, order: Order) -> documents.Document:
         newest = await audit.load_newest(self._db, limit=_limit(order.parameters))
         return {"audit": [documents.said_document(one) for one in newest]}
+
+    async def tenants(self, order: Order) -> documents.Document:
+        return {"tenants": [documents.tenant_document(one) for one in await tenants.load_all(self._db, order.now)]}
+
+    async def usage(self, order: Order) -> documents.Document:
+        """Of one month, by default the current one; of one tenant, if one is named."""
+        try:
+            first, end = parse_month(order.parameters.get("month", f"{order.now:%Y-%m}"))
+        except ValueError as error:
+            raise Refused(400, f"month: {error}", field="month") from None
+        try:
+            by = usage.By(order.parameters.get("by", usage.By.TENANT))
+        except ValueError:
+            raise Refused(400, f"by: must be one of {', '.join(usage.By)}", field="by") from None
+        tenant = order.parameters.get("tenant")
+        if tenant is not None and not re.fullmatch(tenants.NAME, tenant):
+            raise Refused(400, "tenant: is no tenant's name", field="tenant")
+        report = await usage.report(self._db, by, first, end, order.now, tenant=tenant)
+        return documents.usage_document(report, by=by, first=first, tenant=tenant)
 
 
 class _ReplicaSetVerbs:
@@ -312,6 +346,27 @@ def _replica_verb(db: Database, word: Verb) -> Answer:
             "changed": obeyed.is_changed,
             "dry_run": order.is_dry_run,
             "replica": documents.replica_document(obeyed.replica),
+        }
+
+    return answer
+
+
+def _set_limits(db: Database) -> Answer:
+    async def answer(order: Order) -> documents.Document:
+        changes = _read(order, LimitsBody).model_dump(exclude_unset=True)
+        if not changes:
+            raise Refused(400, f"give at least one of {', '.join(LimitsBody.model_fields)}")
+        try:
+            limits, is_changed = await tenants.set_limits(
+                db, order.name, changes, actor=order.actor, now=order.now, dry_run=order.is_dry_run
+            )
+        except ValueError as error:
+            raise _field_at_fault(error) from None
+        return {
+            "changed": is_changed,
+            "dry_run": order.is_dry_run,
+            "tenant": order.name,
+            "limits": documents.limits_document(limits),
         }
 
     return answer

@@ -32,6 +32,7 @@ NOWHERE = "postgresql://someone:hunter2@127.0.0.1:1/nothing"
 NOUNS = ("replica-sets", "replicas", "endpoints", "alerts", "decisions", "audit", "nodes")
 VERBS: tuple[str, ...]
 VERBS = ("serve", "migrate", "apply", "get", "scale", "pause", "resume", "drain", "undrain", "cancel", "check", "demo")
+VERBS += ("tenants get", "tenants set", "usage")
 VERBS += ("freeze", "unfreeze", "why", "keys create", "keys list", "keys revoke", "nodes drain", "nodes undrain")
 OFFICE_BOX = """
 replica_sets:

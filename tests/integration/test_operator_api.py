@@ -19,8 +19,10 @@ from controlplane.db import (
     alerts,
     decisions,
     endpoints,
+    keys,
     replica_sets,
     replicas,
+    usage,
 )
 from controlplane.web import OperatorToken
 from tests.integration.db_rows import NOW, make_replica, make_set, opened
@@ -33,7 +35,7 @@ SECRET = "x" * 32  # of every replica made by db_rows
 async def rig(shared_url: str) -> AsyncIterator[WebRig]:
     async with opened(shared_url) as db:
         async with db.connection() as connection:
-            await connection.execute("TRUNCATE alerts, replica_sets, freezes CASCADE")
+            await connection.execute("TRUNCATE alerts, replica_sets, freezes, tenants, usage, job_runs CASCADE")
         yield WebRig(db)
 
 
@@ -44,7 +46,7 @@ SLURM_SET = {
     "max_replicas": 4,
     "slurm": {"time_limit_seconds": 3600},
 }
-READS = ["replica-sets", "replicas", "endpoints", "alerts", "decisions", "audit", "nodes"]
+READS = ["replica-sets", "replicas", "endpoints", "alerts", "decisions", "audit", "nodes", "tenants"]
 STORIES = ["replica-sets/a/why", "replicas/cp-a-1/why", "slurm-jobs/1/why"]
 VERBS = [
     ("PUT", "replica-sets/a"),
@@ -60,6 +62,7 @@ VERBS = [
     ("POST", "replicas/cp-a-1/cancel"),
     ("POST", "nodes/n1/drain"),
     ("POST", "nodes/n1/undrain"),
+    ("PUT", "tenants/lab/limits"),
 ]
 
 
@@ -72,7 +75,7 @@ async def test_without_an_operators_token_nothing_is_shown_and_nothing_is_done(
     rig: WebRig, authorization: str | None
 ) -> None:
     headers = {"Authorization": authorization} if authorization else {}
-    for method, path in [*(("GET", read) for read in (*READS, *STORIES)), *VERBS]:
+    for method, path in [*(("GET", read) for read in (*READS, *STORIES, "usage")), *VERBS]:
         answer = await rig.ask(method, f"/api/v1/{path}", SLURM_SET if method == "PUT" else None, headers=headers)
         assert answer.status_code == 401, path
         assert "token" not in answer.json()["error"]["message"].replace("bearer token", "")
@@ -406,3 +409,82 @@ async def test_without_postgresql_every_order_is_answered_503(free_port: int) ->
             answer = await rig.ask(method, f"/api/v1/{path}")
             assert answer.status_code == 503
             assert "password" not in json.dumps(answer.json())
+
+
+# --- tenants ---------------------------------------------------------------------------------------------
+
+
+async def test_limits_of_a_tenant_are_set_shown_and_audited(rig: WebRig) -> None:
+    await keys.create(rig.db, "lab", models=None, expires_at=None, actor="ann", now=NOW)
+    wanted = {"requests_per_minute": 60, "monthly_tokens": 10**12, "weight": 2}
+    for is_dry_run in ("true", "false"):
+        answer = await rig.ask("PUT", f"/api/v1/tenants/lab/limits?dry_run={is_dry_run}", wanted)
+        assert answer.json() == {
+            "changed": True,
+            "dry_run": is_dry_run == "true",
+            "tenant": "lab",
+            "limits": {
+                "requests_per_minute": 60,
+                "tokens_per_minute": None,
+                "max_concurrent": None,
+                "monthly_tokens": 10**12,
+                "weight": 2.0,
+            },
+        }
+    assert (await rig.ask("PUT", "/api/v1/tenants/lab/limits", wanted)).json()["changed"] is False
+    other = await rig.ask("PUT", "/api/v1/tenants/lab/limits", {"requests_per_minute": None, "max_concurrent": 5})
+    assert other.json()["limits"]["monthly_tokens"] == 10**12
+    [shown] = (await rig.ask("GET", "/api/v1/tenants")).json()["tenants"]
+    assert shown == {"name": "lab", "limits": other.json()["limits"], "month_tokens": 0}
+    said = [one for one in (await rig.ask("GET", "/api/v1/audit")).json()["audit"] if one["kind"] == "tenant"]
+    assert sorted(one["words"] for one in said) == [
+        "limits of lab: requests_per_minute 60 -> none, max_concurrent none -> 5",
+        "limits of lab: requests_per_minute none -> 60, monthly_tokens none -> 1000000000000, weight 1 -> 2",
+    ]
+    assert {one["actor"] for one in said} == {"ann"}
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"requests_per_minute": 0}, "requests_per_minute"),
+        ({"requests_per_minute": 2**31}, "requests_per_minute"),
+        ({"monthly_tokens": 10**40}, "monthly_tokens"),
+        ({"max_concurrent": True}, "max_concurrent"),
+        ({"tokens_per_minute": 1.5}, "tokens_per_minute"),
+        ({"weight": 0}, "weight"),
+        (b'{"weight": NaN}', "weight"),
+        ({"weight": None}, "weight"),
+        ({"request_per_minute": 1}, "request_per_minute"),
+    ],
+)
+async def test_wrong_limits_are_refused_with_the_field_at_fault(rig: WebRig, body: Any, field: str) -> None:
+    await keys.create(rig.db, "lab", models=None, expires_at=None, actor="ann", now=NOW)
+    answer = await rig.ask("PUT", "/api/v1/tenants/lab/limits", body)
+    assert answer.status_code == 400
+    assert field in answer.text
+
+
+@pytest.mark.parametrize("name", ["nobody", "%00", "-", "a" * 300])
+async def test_limits_of_a_tenant_that_is_not_there_are_404(rig: WebRig, name: str) -> None:
+    assert (await rig.ask("PUT", f"/api/v1/tenants/{name}/limits", {"max_concurrent": 1})).status_code == 404
+    assert (await rig.ask("PUT", f"/api/v1/tenants/{name}/limits", {})).status_code == 400
+
+
+async def test_usage_is_told_by_month_and_wrong_questions_are_refused(rig: WebRig) -> None:
+    for batch, day in enumerate((NOW.date(), NOW.date() - timedelta(days=1)), 1):
+        await usage.store(rig.db, "api", batch, [usage.Row(day, "lab", "m", 1, "cp-a-1", 2, 1, 30, 12, 10)])
+    answer = (await rig.ask("GET", "/api/v1/usage")).json()
+    line = {"requests": 2, "aborted": 1, "prompt_tokens": 30, "completion_tokens": 12, "cached_tokens": 10}
+    assert answer == {
+        "month": "2026-01",
+        "by": "tenant",
+        "tenant": None,
+        "lines": [{"name": "lab", **line, "gpu_seconds": 0.0}],
+        "idle_gpu_seconds": 0.0,
+        "gpu_seconds": 0.0,
+    }
+    december = (await rig.ask("GET", "/api/v1/usage?by=replica-set&month=2025-12&tenant=lab")).json()
+    assert [(one["name"], one["requests"]) for one in december["lines"]] == [("a", 2)]
+    for wrong in ("by=user", "month=2026-13", "month=9999-12", "month=", "tenant=%00", "since=1"):
+        assert (await rig.ask("GET", f"/api/v1/usage?{wrong}")).status_code == 400, wrong

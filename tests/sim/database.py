@@ -24,6 +24,12 @@ TABLES = (  # who refers to others before them; all with an id that counts, if T
     ("alerts", False),
     ("webhook_signatures", False),
     ("leases", False),
+    ("job_runs", False),
+    ("usage", False),
+    ("usage_batches", False),
+    ("tenant_months", False),
+    ("limit_parts", False),
+    ("proxy_workers", False),
 )
 _EMPTY = "; ".join(f"DELETE FROM {table}" for table, _ in TABLES)
 _COUNT_ANEW = "SELECT " + ", ".join(

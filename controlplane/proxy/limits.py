@@ -1,0 +1,432 @@
+"""What tenants may use: requests and tokens per minute, requests at a time, tokens of the month.
+
+`admit` judges by what is known in memory and takes what the request may need; `settle` gives back what it did not. How
+many tokens a request will need is not known before: a quarter of its body's bytes, and as many as it lets be generated.
+A request is admitted as soon as anything is left, so that one larger than the limit is not refused for ever.
+
+States of a worker, by what it last heard of the others (`exchange`, about twice a second while limits are used):
+
+- alone: no other worker lives. The limit is its own.
+- sharing: it uses its part of what was left, then asks anew. A tenant that nobody used lately has an even part of its
+  limit everywhere, without a word. Over all workers at most `workers - 1` requests too many are admitted.
+- on its own: the database is away, or was not heard of yet. Each worker keeps to its even part of the limits, counted
+  by itself; of the month to what it was given last, or to an even part where it never was. Nothing raises.
+
+What a worker that dies had used of the last minute is forgotten with it. A worker that joins may use an even part of a
+limit that the others have begun to use since they last told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from datetime import date
+
+from loguru import logger
+
+from controlplane.clock import utc_now
+from controlplane.core.quotas import SlidingMinute, part
+from controlplane.core.types import TenantLimits
+from controlplane.db import Database, DatabaseError, limit_parts
+from controlplane.proxy.errors import ApiError, Headers, insufficient_quota, rate_limit_exceeded
+
+DEFAULT_COMPLETION_TOKENS = 512  # of a request that does not say how many it wants
+_MOST_COMPLETION_TOKENS = 1_000_000  # more than any model generates: what a client asks for is not to be trusted
+_BYTES_PER_TOKEN = 4
+
+_REQUESTS, _TOKENS, _CONCURRENT, _MONTH = range(4)  # the order of the table's arrays
+_KINDS = ("requests", "tokens", "concurrent", "budget")
+_EVERY = range(4)
+_ORDER = (_MONTH, _CONCURRENT, _REQUESTS, _TOKENS)  # of several that are reached, the one that lasts longest is named
+
+_BUSY_SECONDS = 0.5  # between two exchanges while others work for the same tenants
+_IDLE_SECONDS = 1.0
+_UNLIMITED_SECONDS = 5.0  # no tenant has a limit; well below what a worker is forgotten after
+_LEAST_GAP_SECONDS = 0.05
+_ON_ITS_OWN_AFTER_SECONDS = 4.0
+_CONCURRENT_RETRY_SECONDS = 2
+_LONGEST_RETRY_SECONDS = 60
+
+Tally = Callable[[str, date], tuple[int, int]]
+"""(tenant, first of the month) -> tokens of that month that this process has recorded, and those of them it stored."""
+
+
+class Grant:
+    """One admitted request. `headers`: lines for its answer."""
+
+    __slots__ = ("_estimate", "_is_settled", "_tenant", "headers")
+
+    def __init__(self, tenant: _Tenant, estimate: int, headers: bytes) -> None:
+        self._tenant = tenant
+        self._estimate = estimate
+        self._is_settled = False
+        self.headers = headers
+
+    def settle(self, tokens: int | None, now: float) -> None:
+        """The request has ended. `tokens`: prompt and completion; None: not known, so the estimate stays.
+
+        Call it after what it used was recorded as usage; again is harmless.
+        """
+        if self._is_settled:
+            return
+        self._is_settled = True
+        self._tenant.settle(self._estimate, tokens, now)
+
+
+class Limits:
+    """Give it what the directory says (`follow`), keep `run` running, and `close` it at the end.
+
+    `tally` is how it learns what the month's budget was used for since it was last read: `Usage.tally`.
+    `expected_workers`: how many are assumed until the first exchange.
+    """
+
+    def __init__(
+        self,
+        db: Database,
+        worker: str,
+        *,
+        tally: Tally,
+        expected_workers: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+        today: Callable[[], date] = lambda: utc_now().date(),
+    ) -> None:
+        self._db = db
+        self._worker = worker
+        self._tally = tally
+        self._clock = clock
+        self._tenants: dict[str, _Tenant] = {}
+        self._wake = asyncio.Event()
+        self._one_at_a_time = asyncio.Lock()
+        self._is_busy = False
+        self._is_failing = False
+        self._shared = _Shared(expected_workers, today().replace(day=1), tally, self._wake)
+        self.refused: Counter[str] = Counter()  # by kind: requests, tokens, concurrent, budget
+
+    @property
+    def workers(self) -> int:
+        """How many live, as last heard of."""
+        return self._shared.workers
+
+    def follow(self, tenants: Mapping[str, TenantLimits], now: float) -> None:
+        """These are in force from now on. What was used before counts on."""
+        known, self._tenants = self._tenants, {}
+        is_news = False
+        for name, limits in tenants.items():
+            if not limits.is_limited:
+                continue
+            tenant = known.get(name)
+            if tenant is None:
+                tenant = _Tenant(name, self._shared)
+            is_news = tenant.limit(limits, now) or is_news
+            self._tenants[name] = tenant
+        if is_news:
+            self._wake.set()
+
+    def admit(self, tenant: str, body_bytes: int, max_tokens: int | None, now: float) -> Grant | None:
+        """None: the tenant has no limits. Raises ApiError (429) that names the limit it has reached."""
+        found = self._tenants.get(tenant)
+        if found is None:
+            return None
+        reached = found.reached(now)
+        if reached is not None:
+            self.refused[_KINDS[reached]] += 1
+            raise found.refusal(reached, now)
+        wanted = DEFAULT_COMPLETION_TOKENS if max_tokens is None else max(0, min(max_tokens, _MOST_COMPLETION_TOKENS))
+        estimate = body_bytes // _BYTES_PER_TOKEN + wanted
+        found.take(estimate, now)
+        return Grant(found, estimate, found.header_lines(now))
+
+    async def run(self) -> None:
+        """Exchange until cancelled."""
+        while True:
+            await self.exchange()
+            await asyncio.sleep(_LEAST_GAP_SECONDS)
+            try:
+                async with asyncio.timeout(self._pause_seconds()):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+
+    async def exchange(self) -> bool:
+        """Tell the other workers what was used, and take a part of what is left. False: the database is away."""
+        async with self._one_at_a_time:
+            self._wake.clear()  # before: who asks meanwhile is to be heard
+            return await self._exchange()
+
+    async def _exchange(self) -> bool:
+        shared = self._shared
+        budgeted = [one.name for one in self._tenants.values() if one.limits[_MONTH] is not None]
+        # before it is read: what is stored meanwhile counts twice until the next exchange, which is better than never
+        stored = {name: self._tally(name, shared.month)[1] for name in budgeted}
+        month = shared.month
+        growth: list[tuple[_Tenant, tuple[int | None, ...], list[float]]] = []
+
+        def decide(heard: limit_parts.Exchanged) -> limit_parts.Own:
+            now = self._clock()
+            own = {}
+            for tenant in self._tenants.values():
+                if tenant.limits[_MONTH] is not None:
+                    already = stored.get(tenant.name, 0) if heard.month == month else 0
+                    tenant.month_base = heard.month_tokens.get(tenant.name, 0) - already
+            shared.month = heard.month
+            for tenant in self._tenants.values():
+                said, more = tenant.share(heard.others.get(tenant.name), heard.workers, now)
+                growth.append((tenant, tenant.limits, more))
+                if said is not None:
+                    own[tenant.name] = said
+            return own
+
+        try:
+            heard = await limit_parts.exchange(self._db, self._worker, budgeted, decide)
+        except DatabaseError as error:
+            if not self._is_failing:
+                logger.warning("limits are not shared; each worker keeps to its part of them", error=str(error))
+            self._is_failing = True
+            return False
+        if self._is_failing:
+            logger.info("limits are shared again", workers=heard.workers)
+        self._is_failing = False
+        shared.workers = heard.workers
+        shared.heard_at = self._clock()
+        for tenant, limits, more in growth:
+            if tenant.limits is limits:  # else others are in force since, with parts of their own
+                tenant.grow(more)
+        self._is_busy = heard.workers > 1 and any(any(told.used) for told in heard.others.values())
+        return True
+
+    async def close(self) -> None:
+        """Leave the others alone. What was used of the last minute is forgotten."""
+        try:
+            await limit_parts.leave(self._db, self._worker)
+        except DatabaseError:
+            return  # it is forgotten after a while
+
+    def _pause_seconds(self) -> float:
+        if not self._tenants:
+            return _UNLIMITED_SECONDS
+        now = self._clock()
+        if self._is_busy or (self._shared.workers > 1 and any(one.is_used(now) for one in self._tenants.values())):
+            return _BUSY_SECONDS
+        return _IDLE_SECONDS
+
+
+class _Shared:
+    """What all tenants' states of one worker depend on."""
+
+    __slots__ = ("heard_at", "month", "tally", "wake", "workers")
+
+    def __init__(self, workers: int, month: date, tally: Tally, wake: asyncio.Event) -> None:
+        self.workers = max(1, workers)
+        self.month = month
+        self.tally = tally
+        self.wake = wake
+        self.heard_at = -math.inf
+
+
+class _Tenant:
+    """What this worker counts of one tenant."""
+
+    __slots__ = (
+        "_concurrent",
+        "_left",
+        "_minute_requests",
+        "_minute_tokens",
+        "_others_used",
+        "_reserved",
+        "_shared",
+        "_templates",
+        "limits",
+        "month_base",
+        "name",
+    )
+
+    def __init__(self, name: str, shared: _Shared) -> None:
+        self.name = name
+        self._shared = shared
+        self.limits: tuple[int | None, ...] = (None,) * 4
+        self._templates: list[bytes] = []
+        self._minute_requests = SlidingMinute()
+        self._minute_tokens = SlidingMinute()
+        self._concurrent = 0
+        self._reserved = 0  # tokens of requests that have not ended
+        self._left: list[float] = [0.0] * 4  # of this worker's part
+        self._others_used = [0] * 4
+        self.month_base = 0  # the month's tokens as stored, without those of this process
+
+    def limit(self, limits: TenantLimits, now: float) -> bool:
+        """These hold from now on; says whether that is new. Until the others are heard of, an even part does."""
+        asked = (limits.requests_per_minute, limits.tokens_per_minute, limits.max_concurrent, limits.monthly_tokens)
+        if asked == self.limits:
+            return False
+        self.limits = asked
+        self._templates = [_template(word, limit) for word, limit in zip((b"requests", b"tokens"), asked, strict=False)]
+        for kind in _EVERY:
+            if asked[kind] is not None:
+                own = self._own_used(kind, now)
+                self._left[kind] = self._even_part(kind, self._shared.workers) - own
+        return True
+
+    # --- one request ----------------------------------------------------------------------------------------
+
+    def reached(self, now: float) -> int | None:
+        """The first kind of limit that leaves nothing; None: there is none."""
+        for kind in _ORDER:
+            limit = self.limits[kind]
+            if limit is not None and self._left_of(kind, limit, now) < 1:
+                return kind
+        return None
+
+    def take(self, tokens: int, now: float) -> None:
+        self._minute_requests.add(1.0, now)
+        self._minute_tokens.add(tokens, now)
+        self._concurrent += 1
+        self._reserved += tokens
+        left = self._left
+        left[_REQUESTS] -= 1
+        left[_TOKENS] -= tokens
+        left[_CONCURRENT] -= 1
+        left[_MONTH] -= tokens
+        if self._shared.workers > 1:
+            self._ask_if_low()
+
+    def settle(self, estimate: int, tokens: int | None, now: float) -> None:
+        self._concurrent -= 1
+        self._reserved -= estimate
+        self._left[_CONCURRENT] += 1
+        if tokens is not None:
+            self._minute_tokens.add(tokens - estimate, now)
+            self._left[_TOKENS] += estimate - tokens
+            self._left[_MONTH] += estimate - tokens
+
+    def _left_of(self, kind: int, limit: int, now: float) -> float:
+        shared = self._shared
+        if shared.workers == 1:
+            return limit - self._used(kind, now)
+        if kind != _MONTH and now - shared.heard_at > _ON_ITS_OWN_AFTER_SECONDS:
+            return -(-limit // shared.workers) - self._own_used(kind, now)
+        return self._left[kind]
+
+    def _own_used(self, kind: int, now: float) -> float:
+        if kind == _REQUESTS:
+            return self._minute_requests.used(now)
+        if kind == _TOKENS:
+            return self._minute_tokens.used(now)
+        if kind == _CONCURRENT:
+            return self._concurrent
+        recorded, stored = self._shared.tally(self.name, self._shared.month)
+        return self._reserved + recorded - stored
+
+    def _used(self, kind: int, now: float) -> float:
+        """By all workers, as far as it is known here."""
+        if kind == _MONTH:
+            recorded, _ = self._shared.tally(self.name, self._shared.month)
+            return self.month_base + recorded + self._reserved + self._others_used[kind]
+        return self._own_used(kind, now) + self._others_used[kind]
+
+    def _ask_if_low(self) -> None:
+        for kind in _EVERY:
+            if self.limits[kind] is not None and self._left[kind] < 1:
+                self._shared.wake.set()
+                return
+
+    # --- the other workers ----------------------------------------------------------------------------------
+
+    def share(
+        self, told: limit_parts.Told | None, workers: int, now: float
+    ) -> tuple[tuple[list[int], list[int]] | None, list[float]]:
+        """What is said to the others (None: nothing), and by how much each part grows once that is written.
+
+        What it shrinks by counts at once: a part that is too small for a moment does no harm.
+        """
+        if told is None:
+            told = limit_parts.Told(0, (0, 0, 0, 0), (0, 0, 0, 0))
+        self._others_used = list(told.used)
+        own = [0 if self.limits[kind] is None else max(0, math.ceil(self._own_used(kind, now))) for kind in _EVERY]
+        is_used = any(own) or any(told.used)
+        silent = max(0, workers - 1 - told.workers)
+        parts = [0] * 4
+        growth = [0.0] * 4
+        for kind in _EVERY:
+            limit = self.limits[kind]
+            if limit is None:
+                continue
+            even = self._even_part(kind, workers)
+            if is_used:
+                others_parts = told.parts[kind] + silent * even
+                is_idle = not own[kind]
+                parts[kind] = part(limit, self._used(kind, now), others_parts, workers, is_idle=is_idle)
+            else:
+                parts[kind] = even
+            growth[kind] = max(0.0, parts[kind] - self._left[kind])
+            self._left[kind] = min(self._left[kind], parts[kind])
+        return ((own, parts) if is_used and workers > 1 else None), growth
+
+    def grow(self, more: list[float]) -> None:
+        for kind in _EVERY:
+            self._left[kind] += more[kind]
+
+    def is_used(self, now: float) -> bool:
+        return any(self.limits[kind] is not None and self._own_used(kind, now) > 0 for kind in _EVERY)
+
+    def _even_part(self, kind: int, workers: int) -> int:
+        """Of what would be left had nobody used anything lately."""
+        limit = self.limits[kind]
+        assert limit is not None
+        known = 0
+        if kind == _MONTH:
+            _, stored = self._shared.tally(self.name, self._shared.month)
+            known = self.month_base + stored
+        return max(0, -(-(limit - known) // workers))
+
+    # --- what the client is told ----------------------------------------------------------------------------
+
+    def header_lines(self, now: float) -> bytes:
+        """OpenAI's `x-ratelimit-` headers, of the limits per minute."""
+        told = b""
+        for kind, window in ((_REQUESTS, self._minute_requests), (_TOKENS, self._minute_tokens)):
+            limit = self.limits[kind]
+            if limit is not None:
+                remaining = int(limit - window.used(now) - self._others_used[kind])
+                told += self._templates[kind] % (max(0, remaining), math.ceil(window.seconds_to_empty(now)))
+        return told
+
+    def _headers(self, now: float) -> Headers:
+        pairs = (line.partition(b": ") for line in self.header_lines(now).split(b"\r\n"))
+        return tuple((name, value) for name, _, value in pairs if name)
+
+    def refusal(self, kind: int, now: float) -> ApiError:
+        limit = self.limits[kind]
+        assert limit is not None
+        used = max(0, math.ceil(self._used(kind, now)))
+        if used < limit:  # others may have left something of their parts
+            self._shared.wake.set()
+        if kind == _MONTH:
+            return insufficient_quota(
+                f"The monthly budget of {limit} tokens is used up: {used} are used or reserved. "
+                "It begins anew on the first of the month (UTC).",
+                self._headers(now),
+            )
+        if kind == _CONCURRENT:
+            wait = _CONCURRENT_RETRY_SECONDS
+            words = f"Limit of {limit} concurrent requests reached: {used} are under way."
+        else:
+            window = self._minute_requests if kind == _REQUESTS else self._minute_tokens
+            wait = 1
+            if used >= limit:
+                enough = limit - 1 - self._others_used[kind]
+                wait = max(1, min(_LONGEST_RETRY_SECONDS, math.ceil(window.seconds_until(enough, now))))
+            words = f"Limit of {limit} {_KINDS[kind]} per minute reached: {used} were used in the last 60 s."
+        return rate_limit_exceeded(f"{words} Try again in {wait} s.", wait, self._headers(now))
+
+
+def _template(word: bytes, limit: int | None) -> bytes:
+    """Of one limit's headers; what remains and the seconds until all of it does are to be filled in."""
+    return (b"x-ratelimit-limit-%s: %d\r\nx-ratelimit-remaining-%s: %%d\r\nx-ratelimit-reset-%s: %%ds\r\n") % (
+        word,
+        limit or 0,
+        word,
+        word,
+    )
