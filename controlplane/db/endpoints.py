@@ -118,8 +118,8 @@ async def load_served_models(db: Database) -> tuple[ServedModel, ...]:
     """Every model that a replica set serves, scaled to zero or not."""
     async with db.connection() as connection:
         cursor = await connection.execute(
-            "SELECT model, created_at, is_paused, paused_until, routable, starting_since, start_seconds_p95 "
-            "FROM served_models ORDER BY model"
+            "SELECT model, created_at, is_paused, paused_until, routable, starting_since, start_seconds_p95, "
+            "can_start, load_seconds_p95, loading_since, expected_start_at FROM served_models ORDER BY model"
         )
         return tuple(ServedModel(**row) for row in await cursor.fetchall())
 

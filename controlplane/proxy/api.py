@@ -22,7 +22,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.types import Receive, Scope, Send
 
 from controlplane.clock import utc_now
-from controlplane.core.types import ApiKey, RoutableEndpoint, ServedModel
+from controlplane.core.types import ApiKey, RoutableEndpoint
 from controlplane.db import Database
 from controlplane.metrics import ProxyMetrics
 from controlplane.proxy.auth import authenticate, may_use
@@ -38,6 +38,7 @@ from controlplane.proxy.errors import (
     unknown_route,
 )
 from controlplane.proxy.forward import Exchange, Forwarder
+from controlplane.proxy.models import model_list, one_model
 from controlplane.proxy.options import ProxyOptions
 from controlplane.proxy.request import ClientLeft, ClientRequest, model_of, read_body, request_id_of
 from controlplane.proxy.upstreams import Upstreams
@@ -181,12 +182,9 @@ class Proxy:
             raise unknown_route(scope["method"], path)
         _allow(scope, "GET", "HEAD")
         snapshot, key = self._admit(call, scope)
-        usable = {model.model: model for model in snapshot.models.values() if may_use(key, model.model)}
         if path == "/v1/models":
-            return _json({"object": "list", "data": [_shown(model, snapshot) for model in usable.values()]})
-        if name not in usable:
-            raise model_not_found(name)
-        return _json(_shown(usable[name], snapshot))
+            return model_list(snapshot, key, utc_now())
+        return one_model(name, snapshot, key, utc_now())
 
     # --- operators ----------------------------------------------------------------------------------------
 
@@ -279,22 +277,6 @@ class _Call:
 def _allow(scope: Scope, *methods: str) -> None:
     if scope["method"] not in methods:
         raise method_not_allowed(scope["method"], scope["path"], ", ".join(methods))
-
-
-def _shown(model: ServedModel, snapshot: Snapshot) -> dict[str, object]:
-    """OpenAI's model object, and what a client may want to know before it waits."""
-    state = snapshot.state_of(model)
-    shown: dict[str, object] = {
-        "id": model.model,
-        "object": "model",
-        "created": int(model.created_at.timestamp()),
-        "owned_by": "controlplane",
-        "state": state.value,
-    }
-    estimate = seconds_to_ready(model, utc_now())
-    if state in (ModelState.STARTING, ModelState.SCALED_TO_ZERO) and estimate is not None:
-        shown["start_estimate_seconds"] = round(estimate)
-    return shown
 
 
 def _json(value: object) -> bytes:

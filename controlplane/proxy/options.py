@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from controlplane.proxy.waiting import WaitingOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,3 +18,4 @@ class ProxyOptions:
     idle_timeout_seconds: float = 300.0  # between two pieces of an answer: an engine that hangs says nothing at all
     keepalive_seconds: float = 4.0  # of an idle upstream connection; vLLM closes its end after 5 s
     avoid_seconds: float = 1.0  # how long an endpoint that could not be reached is used only if there is no other
+    waiting: WaitingOptions = field(default_factory=WaitingOptions)
