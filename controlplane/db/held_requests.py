@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from psycopg.rows import DictRow
@@ -21,6 +21,8 @@ from controlplane.db import replica_sets
 from controlplane.db.alert_words import Arrival, keep_newest, record_deliveries
 from controlplane.db.alerts import load_of_source
 from controlplane.db.pool import Connection, Database, wake
+
+_A_MOMENT = timedelta(microseconds=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,7 @@ def _words(
         if last is not None and last.is_firing:
             alert = replace(alert, starts_at=last.starts_at)
         elif last is not None and last.ends_at is not None:
-            alert = replace(alert, starts_at=max(now, last.ends_at))
+            alert = replace(alert, starts_at=max(now, last.ends_at + _A_MOMENT))
         words.append(alert)
     waits = {one.fingerprint for one in words}
     for fingerprint, last in before.items():
