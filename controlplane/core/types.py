@@ -601,6 +601,7 @@ class RoutableEndpoint:
     first_ready_at: datetime
     ends_at: datetime | None  # the walltime's end; None: none is known
     yields_at: datetime | None = None  # from then on it gets new requests only if no other can take them
+    runs_at_once: int = 256  # requests, by its engine's arguments; what comes beyond waits in the engine's own queue
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from psycopg.rows import DictRow
 
+from controlplane.core.engines import runs_at_once
 from controlplane.core.hand_over import yields_at
 from controlplane.core.types import Endpoint, HandOver, Health, Replica, RoutableEndpoint, ServedModel
 from controlplane.db.pool import Database
@@ -109,7 +110,7 @@ async def load_routable(db: Database) -> tuple[RoutableEndpoint, ...]:
     async with db.connection() as connection:
         cursor = await connection.execute(
             "SELECT endpoint_id, model, replica_set, priority, url, api_key, replica, first_ready_at, ends_at, "
-            "running_since, hand_over_margin_seconds FROM routable_endpoints ORDER BY endpoint_id"
+            "running_since, hand_over_margin_seconds, vllm_args FROM routable_endpoints ORDER BY endpoint_id"
         )
         return tuple(_routable(row) for row in await cursor.fetchall())
 
@@ -138,6 +139,7 @@ async def load_targets(db: Database) -> list[Target]:
 
 def _routable(row: DictRow) -> RoutableEndpoint:
     margin, since, ends_at = row.pop("hand_over_margin_seconds"), row.pop("running_since"), row["ends_at"]
+    row["runs_at_once"] = runs_at_once(row.pop("vllm_args") or ())
     if ends_at is None or since is None:
         return RoutableEndpoint(**row)
     rules = HandOver() if margin is None else HandOver(margin_seconds=margin)

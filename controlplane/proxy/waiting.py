@@ -38,7 +38,6 @@ from controlplane.core.types import RoutableEndpoint
 from controlplane.proxy.directory import ModelState, Snapshot, retry_after_seconds, seconds_to_ready
 from controlplane.proxy.errors import ApiError, model_not_found, model_paused, model_starting, queue_full
 
-DEFAULT_MAX_IN_FLIGHT = 256  # vLLM's own --max-num-seqs (0.11)
 _RESERVE = 0.25  # seats above what the replicas run at once, for tenants that hold less than their share
 _SWEEP_SECONDS = 0.25
 _QUEUE_RETRY_SECONDS = 5
@@ -74,8 +73,8 @@ class Timers(Protocol):
 
 
 def max_in_flight_of(endpoint: RoutableEndpoint) -> int:
-    """How many requests it may have at once."""
-    return getattr(endpoint, "max_in_flight", None) or DEFAULT_MAX_IN_FLIGHT
+    """How many requests it may have at once: what its set says, or else what its engine runs."""
+    return getattr(endpoint, "max_in_flight", None) or endpoint.runs_at_once
 
 
 class _Door(Enum):

@@ -23,6 +23,7 @@ from controlplane.core.types import (
     ScaleUp,
     SelectPolicy,
     ServedModel,
+    VllmOptions,
 )
 from controlplane.db import (
     ENDPOINTS_CHANNEL,
@@ -40,7 +41,7 @@ from controlplane.db import (
 from controlplane.proxy.directory import Snapshot
 from controlplane.proxy.errors import ApiError
 from controlplane.proxy.pressure import HeldPressure
-from controlplane.proxy.waiting import WaitingRooms
+from controlplane.proxy.waiting import WaitingRooms, max_in_flight_of
 from controlplane.slurm.client import SlurmClient, SlurmOptions
 from tests.conftest import eventually
 from tests.integration.db_rows import NOW, make_ready, make_replica, make_set, observe, opened, slurm_spec
@@ -307,6 +308,14 @@ async def test_the_measured_load_and_slurms_estimate_are_told_of_a_model(db: Dat
     await make_ready(db, running, "http://n1:1", at=after(90))
     model = await served(db)
     assert (model.loading_since, model.load_seconds_p95, model.start_seconds_p95) == (None, 90.0, 90.0)
+
+
+async def test_how_many_requests_a_replica_runs_is_told_by_the_arguments_it_was_started_with(db: Database) -> None:
+    one = await make_set(db, vllm=VllmOptions(args=("--max-num-seqs", "12")))
+    await make_ready(db, await make_replica(db, one, Phase.RUNNING), "http://n1:1")
+    await make_set(db, vllm=VllmOptions(args=("--max-num-seqs", "99")))  # its replicas are rolled, one by one
+    (endpoint,) = await endpoints.load_routable(db)
+    assert (endpoint.runs_at_once, max_in_flight_of(endpoint)) == (12, 12)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,29 @@ CREATE TABLE held_requests (
     PRIMARY KEY (model, worker)
 );
 
+-- with the engine's arguments: they say how many requests it runs at once
+CREATE OR REPLACE VIEW routable_endpoints AS
+SELECT e.id AS endpoint_id,
+       coalesce(r.spec->>'model', s.model) AS model, -- a replica serves what it was started for
+       s.name AS replica_set,
+       s.priority,
+       r.name AS replica,
+       e.url,
+       e.api_key,
+       e.first_ready_at,
+       j.ends_at,
+       r.running_since,
+       (s.spec->'hand_over'->>'margin_seconds')::integer AS hand_over_margin_seconds, -- NULL: applied before there was one
+       s.spec->'routing' AS routing, -- the set's, not the replica's: no replica is rolled for it; NULL as above
+       coalesce(r.spec, s.spec)->'vllm'->'args' AS vllm_args -- those it was started with
+  FROM endpoints e
+  JOIN replica_sets s ON s.name = e.replica_set
+  LEFT JOIN replicas r ON r.id = e.replica_id
+  LEFT JOIN slurm_jobs j ON j.replica_id = r.id AND j.job_id = r.slurm_job_id
+ WHERE e.health = 'READY'
+   AND NOT s.is_paused
+   AND (e.replica_id IS NULL OR (r.phase = 'RUNNING' AND j.state = 'RUNNING'));
+
 -- how much of a start is the load: the rest is Slurm's queue, which Slurm itself may have an estimate of
 ALTER TABLE replica_sets ADD COLUMN load_seconds double precision; -- p95, from the job's begin to the first readiness
 
