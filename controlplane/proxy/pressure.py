@@ -27,7 +27,7 @@ _REFRESH_SECONDS = 5.0
 _IDLE_SECONDS = 30.0  # between two looks for what workers left that are gone
 _RETRY_SECONDS = 1.0
 _LEAST_SECONDS = 0.5  # between two tellings: those who come and go in a moment are one
-_TICK_SECONDS = 0.5  # while anything waits: a queue may have lasted long enough
+_TICK_SECONDS = 0.5  # between two looks at the rooms: for a queue that has lasted, and for the end of what was told
 
 
 class HeldPressure:
@@ -52,7 +52,7 @@ class HeldPressure:
         self._told: dict[str, bool] | None = None  # by model: is it a hold? None: not known
         self._told_at = -_IDLE_SECONDS
         self._is_failing = False
-        rooms.on_change = self._wake.set
+        rooms.on_hold = self._wake.set
 
     async def run(self) -> None:
         while True:
@@ -86,8 +86,7 @@ class HeldPressure:
         else:
             due_in = (_REFRESH_SECONDS if asked else _IDLE_SECONDS) - since
         if due_in > 0:
-            is_idle = not self._rooms.held and not self._rooms.queued
-            return due_in if is_idle else min(due_in, _TICK_SECONDS)
+            return min(due_in, _TICK_SECONDS)
         self._told_at = now
         waiting = {model: (one.held, one.queued) for model, one in asks.items()}
         try:
@@ -104,4 +103,4 @@ class HeldPressure:
                 logger.info("requests wait: a replica is asked for", models=", ".join(told.raised))
             if told.resolved:
                 logger.info("no requests wait any more", models=", ".join(told.resolved))
-        return 0.0 if self._wake.is_set() else _TICK_SECONDS
+        return _TICK_SECONDS

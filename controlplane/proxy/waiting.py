@@ -182,7 +182,7 @@ class Waiting:
 class _Room:
     """The seats and the lines of one model."""
 
-    def __init__(self, model: str, weight_of: Callable[[str], float], on_empty: Callable[[], None]) -> None:
+    def __init__(self, model: str, weight_of: Callable[[str], float]) -> None:
         self.model = model
         self.door = _Door.GONE
         self.endpoints: tuple[RoutableEndpoint, ...] = ()
@@ -199,7 +199,6 @@ class _Room:
         self._weights = 0.0  # of all who are here
         self._virtual_time = 0.0
         self._weight_of = weight_of
-        self._on_empty = on_empty
 
     # --- seats --------------------------------------------------------------------------------------------
 
@@ -260,7 +259,6 @@ class _Room:
         if not self.waiting:
             self.queued_since = None
             self.next_end = math.inf
-            self._on_empty()
 
     def next_turn(self) -> Waiting | None:
         """Takes whose turn it is out of its line, and gives it a seat; None while there is none for anybody."""
@@ -317,8 +315,7 @@ class WaitingRooms:
         self._snapshot: Snapshot | None = None
         self._workers = 1
         self._is_sweeping = False
-        # called when a hold begins or ends, and when nobody waits in a room any more
-        self.on_change: Callable[[], None] = lambda: None
+        self.on_hold: Callable[[], None] = lambda: None  # called when a hold begins
 
     @property
     def loop(self) -> Timers:
@@ -366,7 +363,7 @@ class WaitingRooms:
             if room.endpoints:
                 room.queued_since = now
             else:
-                self.on_change()
+                self.on_hold()
         self.settle(room)
         self._sweep_later()
         return waiting
@@ -392,7 +389,7 @@ class WaitingRooms:
         self._snapshot = snapshot
         self._workers = max(1, self._live_workers())
         for name in snapshot.models.keys() - self._rooms.keys():
-            self._rooms[name] = _Room(name, self._weight_of, self._changed)
+            self._rooms[name] = _Room(name, self._weight_of)
         for name, room in list(self._rooms.items()):
             endpoints = snapshot.endpoints.get(name, ()) if name in snapshot.models else ()
             urls = {one.url for one in endpoints}
@@ -431,17 +428,14 @@ class WaitingRooms:
                 asking[name] = Waits(queued=room.waiting)
         return asking
 
-    def _changed(self) -> None:
-        self.on_change()
-
     def _note_routable(self, room: _Room, now: float) -> None:
         if bool(room.endpoints) == (room.routable_since is not None):
             return
         room.routable_since = now if room.endpoints else None
         room.queued_since = now if room.endpoints and room.waiting else None
         room.next_end = -math.inf  # other budgets: look at all of them
-        if room.waiting:
-            self.on_change()
+        if room.waiting and not room.endpoints:
+            self.on_hold()
 
     def _fit(self, room: _Room) -> None:
         """How many seats there are. What is in flight on endpoints that leave has its own."""

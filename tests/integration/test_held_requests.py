@@ -20,6 +20,7 @@ from controlplane.core.types import (
     JobState,
     Mode,
     Phase,
+    RoutableEndpoint,
     ScaleUp,
     SelectPolicy,
     ServedModel,
@@ -41,11 +42,12 @@ from controlplane.db import (
 from controlplane.proxy.directory import Snapshot
 from controlplane.proxy.errors import ApiError
 from controlplane.proxy.pressure import HeldPressure
-from controlplane.proxy.waiting import WaitingRooms, max_in_flight_of
+from controlplane.proxy.waiting import WaitingOptions, WaitingRooms, max_in_flight_of
 from controlplane.slurm.client import SlurmClient, SlurmOptions
 from tests.conftest import eventually
 from tests.integration.db_rows import NOW, make_ready, make_replica, make_set, observe, opened, slurm_spec
 from tests.integration.test_steering_rounds import Rounds
+from tests.integration.web_rig import WebRig
 
 
 @pytest.fixture
@@ -165,6 +167,16 @@ async def test_an_alert_that_no_worker_refreshes_is_stale_much_earlier_than_one_
     assert await alerts.count_stale(db) == {}
 
 
+async def test_it_is_shown_with_all_other_alerts_and_counted_when_it_is_stale(db: Database) -> None:
+    await make_set(db)
+    await held_requests.tell(db, "w1", {"m": (9, 0)}, now=NOW)
+    await alerts.note_stale(db, stale_after=timedelta(minutes=15), now=after(31))
+    rig = WebRig(db, now=after(31))
+    (shown,) = (await rig.ask("GET", "/api/v1/alerts")).json()["alerts"]
+    assert (shown["source"], shown["alertname"], shown["action"]) == ("proxy", HELD, "scale_up")
+    assert 'controlplane_alerts_stale{source="proxy"} 1.0' in (await rig.ask("GET", "/metrics")).text
+
+
 # --- the loop of a worker ----------------------------------------------------------------------------------
 
 
@@ -196,6 +208,19 @@ async def test_a_hold_is_told_within_a_moment_and_its_end_too(db: Database) -> N
         for one in waiting:
             one.leave()
         await eventually(lambda: _resolved(db), timeout_seconds=2)
+
+
+async def test_a_queue_is_told_when_it_has_lasted(db: Database) -> None:
+    await make_set(db)
+    rooms = WaitingRooms(WaitingOptions(queue_pressure_seconds=0.5), max_in_flight_of=lambda _: 1)
+    endpoint = RoutableEndpoint(1, "m", "a", 100, "http://n1:1", None, None, NOW, None)
+    rooms.follow(replace(nothing_routable(), endpoints={"m": (endpoint,)}), time.monotonic())
+    async with telling(db, rooms):
+        await asyncio.sleep(0)  # it has looked, and found nothing
+        assert rooms.enter("m", "t")
+        rooms.wait("m", "t", lambda: None, ignore, time.monotonic(), is_stream=True)
+        alert = await eventually(lambda: _firing(db), timeout_seconds=3)
+        assert (alert.alertname, alert.values["queued"]) == (QUEUED, 1)
 
 
 async def test_a_worker_that_ends_tells_that_nothing_waits_there(db: Database) -> None:

@@ -309,7 +309,7 @@ def test_a_model_that_comes_back_is_served_again_and_its_old_seats_can_be_given_
 def test_a_hold_asks_for_a_replica_at_once_and_a_queue_when_it_has_lasted() -> None:
     rig = a_rig(seats=1)
     changes: list[float] = []
-    rig.rooms.on_change = lambda: changes.append(rig.time.now)
+    rig.rooms.on_hold = lambda: changes.append(rig.time.now)
     rig.follow(NONE)
     rig.visit()
     rig.visit()
