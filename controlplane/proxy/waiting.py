@@ -1,17 +1,10 @@
 """Waiting rooms, one for each model: who may pass on a request now, who waits, and for how long.
 
-A room has as many seats as its replicas run requests at once. Whoever comes while one is free takes it and goes on;
-most requests do no more than that. Others wait, for one of two facts. *Hold*: nothing is routable, because the model is
-scaled to zero or its replica still starts. *Queue*: every replica has as much to do as it may.
-
-Seats. One tenant alone may take as many as the replicas run at once. A quarter more is for tenants that hold less than
-their share: so a newcomer gets in at once while a greedy tenant fills the replicas, and the greedy one's rest waits
-here and not in an engine's own queue, which is first come, first served. What is in flight on an endpoint that is
-leaving has its seat until it ends, and takes none from the others.
-
-Turns. A free seat goes to the tenant that holds the fewest for its weight: what is scarce is seats, and long requests
-keep theirs longer. Between equals it is start-time fair queueing (Goyal et al., SIGCOMM 1996), one unit a request:
-whoever was served less goes first, however much it has waiting. Within a tenant: first come, first served.
+A room has as many seats as its replicas run requests at once (`core.seats`, which also says whose turn it is). Whoever
+comes while one is free takes it and goes on; most requests do no more than that. Others wait, for one of two facts.
+*Hold*: nothing is routable, because the model is scaled to zero or its replica still starts. *Queue*: every replica has
+as much to do as it may. What is in flight on an endpoint that is leaving has its seat until it ends, and takes none
+from the others.
 
 States of one who waits: waiting -> its turn (a seat is taken, `on_turn` is due) -> gone; or waiting -> refused
 (`on_refused` is due) -> gone. It may leave in any of them. Callbacks come from the loop, never from within a call.
@@ -26,19 +19,18 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum, auto
 from typing import Any, Protocol
 
 from controlplane.clock import utc_now
+from controlplane.core.seats import Guest, Seats
 from controlplane.core.types import RoutableEndpoint
 from controlplane.proxy.directory import ModelState, Snapshot, retry_after_seconds, seconds_to_ready
 from controlplane.proxy.errors import ApiError, model_not_found, model_paused, model_starting, queue_full
 
-_RESERVE = 0.25  # seats above what the replicas run at once, for tenants that hold less than their share
 _SWEEP_SECONDS = 0.25
 _QUEUE_RETRY_SECONDS = 5
 _LONGEST_PAUSE_WORTH_WAITING_FOR_SECONDS = 60
@@ -93,23 +85,6 @@ class _State(Enum):
     OVER = auto()
 
 
-class _Guest:
-    """A tenant in a room. It is there while it has a seat or waits."""
-
-    __slots__ = ("line", "seats", "start", "tenant", "weight")
-
-    def __init__(self, tenant: str, weight: float) -> None:
-        self.tenant = tenant
-        self.weight = weight
-        self.seats = 0
-        self.line: OrderedDict[Waiting, None] = OrderedDict()
-        self.start = 0.0  # virtual time at which its next request is due
-
-    @property
-    def is_here(self) -> bool:
-        return self.seats > 0 or bool(self.line)
-
-
 class Waiting:
     """One request that waits. `leave` when nobody waits for its answer any more."""
 
@@ -129,7 +104,7 @@ class Waiting:
         self,
         rooms: WaitingRooms,
         room: _Room,
-        guest: _Guest,
+        guest: Guest[Waiting],
         on_turn: Callable[[], None],
         on_refused: Callable[[ApiError], None],
         entered_at: float,
@@ -156,7 +131,7 @@ class Waiting:
             self._room.withdraw(self._guest, self)
             self._rooms.settle(self._room)
         elif state is _State.TURN:
-            self._room.stand_up(self._guest)
+            self._room.seats.leave(self._guest)
             self._rooms.settle(self._room)
 
     def give_turn(self) -> None:
@@ -180,107 +155,26 @@ class Waiting:
 
 
 class _Room:
-    """The seats and the lines of one model."""
+    """One model, its seats, and who waits for them."""
 
     def __init__(self, model: str, weight_of: Callable[[str], float]) -> None:
         self.model = model
+        self.seats: Seats[Waiting] = Seats(weight_of)
         self.door = _Door.GONE
         self.endpoints: tuple[RoutableEndpoint, ...] = ()
         self.leaving: set[str] = set()  # URLs that are routable no more, and still answer
-        self.runs = 0  # how many requests the replicas run at once, as far as they are this worker's
-        self.most = 0  # with the reserve
-        self.taken = 0
-        self.waiting = 0
         self.routable_since: float | None = None
         self.queued_since: float | None = None  # since when somebody has waited all the time, while it is routable
         self.next_end = math.inf  # nobody's wait ends before
-        self.guests: dict[str, _Guest] = {}
-        self.lines: dict[_Guest, None] = {}  # who waits
-        self._weights = 0.0  # of all who are here
-        self._virtual_time = 0.0
-        self._weight_of = weight_of
 
-    # --- seats --------------------------------------------------------------------------------------------
+    def withdraw(self, guest: Guest[Waiting], waiting: Waiting) -> None:
+        self.seats.withdraw(guest, waiting)
+        self.note_waiting()
 
-    def enter(self, tenant: str) -> bool:
-        guest = self.guests.get(tenant)
-        if guest is None:
-            guest = self.guests[tenant] = _Guest(tenant, self._weight_of(tenant))
-        if guest.line or (self.taken >= self.runs and not self._has_reserved_seat(guest)):
-            return False
-        self.sit_down(guest)
-        return True
-
-    def sit_down(self, guest: _Guest) -> None:
-        if not guest.seats and not guest.line:
-            self._weights += guest.weight
-        self.taken += 1
-        guest.seats += 1
-
-    def stand_up(self, guest: _Guest) -> None:
-        self.taken -= 1
-        guest.seats -= 1
-        if not guest.seats and not guest.line:
-            self._goes(guest)
-
-    def _goes(self, guest: _Guest) -> None:
-        self._weights -= guest.weight
-        if not self.taken and not self.waiting:
-            self._weights = 0.0  # no rounding error is carried on
-
-    def _has_reserved_seat(self, guest: _Guest) -> bool:
-        if self.taken >= self.most:
-            return False
-        weights = self._weights if guest.is_here else self._weights + guest.weight
-        return guest.seats < self.runs * guest.weight / weights
-
-    def forget_idle(self) -> None:
-        """Weights that were changed hold from a tenant's next visit on."""
-        self.guests = {name: guest for name, guest in self.guests.items() if guest.is_here}
-
-    # --- lines --------------------------------------------------------------------------------------------
-
-    def line_up(self, guest: _Guest, waiting: Waiting) -> None:
-        if not guest.is_here:
-            self._weights += guest.weight
-        if not guest.line:
-            self.lines[guest] = None
-            guest.start = max(guest.start, self._virtual_time)
-        guest.line[waiting] = None
-        self.waiting += 1
-
-    def withdraw(self, guest: _Guest, waiting: Waiting) -> None:
-        del guest.line[waiting]
-        self.waiting -= 1
-        if not guest.line:
-            del self.lines[guest]
-            if not guest.seats:
-                self._goes(guest)
-        if not self.waiting:
+    def note_waiting(self) -> None:
+        if not self.seats.waiting:
             self.queued_since = None
             self.next_end = math.inf
-
-    def next_turn(self) -> Waiting | None:
-        """Takes whose turn it is out of its line, and gives it a seat; None while there is none for anybody."""
-        if not self.waiting or self.taken >= self.most:
-            return None
-        is_reserve = self.taken >= self.runs
-        chosen = min(
-            (one for one in self.lines if not is_reserve or self._has_reserved_seat(one)),
-            key=lambda one: (one.seats / one.weight, one.start),
-            default=None,
-        )
-        if chosen is None:
-            return None
-        self._virtual_time = max(self._virtual_time, chosen.start)
-        chosen.start += 1 / chosen.weight
-        waiting = next(iter(chosen.line))
-        self.sit_down(chosen)  # first, so that the guest is here all the time
-        self.withdraw(chosen, waiting)
-        return waiting
-
-    def all_waiting(self) -> Iterable[tuple[_Guest, Waiting]]:
-        return [(guest, waiting) for guest in self.lines for waiting in guest.line]
 
 
 class WaitingRooms:
@@ -328,7 +222,7 @@ class WaitingRooms:
     def enter(self, model: str, tenant: str) -> bool:
         """True: a seat was taken, to be given back with `leave`. False: `wait` says why, or lets it wait."""
         room = self._rooms.get(model)
-        return room is not None and room.enter(tenant)
+        return room is not None and room.seats.enter(tenant)
 
     def wait(
         self,
@@ -349,15 +243,13 @@ class WaitingRooms:
             raise model_not_found(model)
         if (refusal := self._refusal(room)) is not None:
             raise refusal
-        guest = room.guests.get(tenant)
-        if guest is None:
-            guest = room.guests[tenant] = _Guest(tenant, self._weight_of(tenant))
-        options = self._options
-        if room.waiting >= options.max_waiting_per_model or len(guest.line) >= options.max_waiting_per_tenant:
+        seats, options = room.seats, self._options
+        guest = seats.guest(tenant)
+        if seats.waiting >= options.max_waiting_per_model or len(guest.line) >= options.max_waiting_per_tenant:
             raise queue_full(model, _QUEUE_RETRY_SECONDS)
         waiting = Waiting(self, room, guest, on_turn, on_refused, now, is_stream=is_stream)
-        is_first = not room.waiting
-        room.line_up(guest, waiting)
+        is_first = not seats.waiting
+        seats.line_up(guest, waiting)
         room.next_end = min(room.next_end, self._end_of(room, waiting))
         if is_first:
             if room.endpoints:
@@ -371,16 +263,18 @@ class WaitingRooms:
     def leave(self, model: str, tenant: str) -> None:
         """Give a seat back; the endpoint counts the request no more. Whose turn it is then, is called soon."""
         room = self._rooms[model]
-        room.stand_up(room.guests[tenant])
+        seats = room.seats
+        seats.leave(seats.guest(tenant))
         if room.leaving:
             self._fit(room)
-        if room.waiting:
+        if seats.waiting:
             self.settle(room)
 
     def settle(self, room: _Room) -> None:
         """Give turns as long as there are seats."""
-        while (waiting := room.next_turn()) is not None:
+        while (waiting := room.seats.next_turn()) is not None:
             waiting.give_turn()
+        room.note_waiting()
 
     # --- what is known of the models ----------------------------------------------------------------------
 
@@ -397,44 +291,46 @@ class WaitingRooms:
             room.leaving -= urls
             room.endpoints = endpoints
             room.door = _door(snapshot, name)
+            room.seats.weigh()
             self._note_routable(room, now)
             self._fit(room)
             if (refusal := self._refusal(room)) is not None:
                 self._refuse_all(room, refusal)
             self.settle(room)
-            room.forget_idle()
-            if room.door is _Door.GONE and not room.guests:
+            if room.door is _Door.GONE and room.seats.is_empty:
                 del self._rooms[name]
 
     @property
     def held(self) -> Mapping[str, int]:
         """How many wait for a first replica, by model; those for whom nobody does are absent."""
-        return {name: room.waiting for name, room in self._rooms.items() if room.waiting and not room.endpoints}
+        return {
+            name: room.seats.waiting for name, room in self._rooms.items() if room.seats.waiting and not room.endpoints
+        }
 
     @property
     def queued(self) -> Mapping[str, int]:
         """How many wait because all replicas are full, by model; those for whom nobody does are absent."""
-        return {name: room.waiting for name, room in self._rooms.items() if room.waiting and room.endpoints}
+        return {name: room.seats.waiting for name, room in self._rooms.items() if room.seats.waiting and room.endpoints}
 
     def asks(self, now: float) -> dict[str, Waits]:
         """Which models ask for a replica: what is held does at once, a queue when it has lasted."""
         asking: dict[str, Waits] = {}
         for name, room in self._rooms.items():
-            if not room.waiting:
+            if not room.seats.waiting:
                 continue
             if not room.endpoints:
-                asking[name] = Waits(held=room.waiting)
+                asking[name] = Waits(held=room.seats.waiting)
             elif room.queued_since is not None and now - room.queued_since >= self._options.queue_pressure_seconds:
-                asking[name] = Waits(queued=room.waiting)
+                asking[name] = Waits(queued=room.seats.waiting)
         return asking
 
     def _note_routable(self, room: _Room, now: float) -> None:
         if bool(room.endpoints) == (room.routable_since is not None):
             return
         room.routable_since = now if room.endpoints else None
-        room.queued_since = now if room.endpoints and room.waiting else None
+        room.queued_since = now if room.endpoints and room.seats.waiting else None
         room.next_end = -math.inf  # other budgets: look at all of them
-        if room.waiting and not room.endpoints:
+        if room.seats.waiting and not room.endpoints:
             self.on_hold()
 
     def _fit(self, room: _Room) -> None:
@@ -447,8 +343,7 @@ class WaitingRooms:
             else:
                 room.leaving.discard(url)
         runs = max(1, shared // self._workers) if shared else 0
-        room.runs = runs + gone if runs else 0
-        room.most = room.runs + math.ceil(runs * _RESERVE)
+        room.seats.fit(runs, leaving=gone)
 
     # --- refusals and ends --------------------------------------------------------------------------------
 
@@ -474,7 +369,7 @@ class WaitingRooms:
         return model_starting(room.model, retry_after_seconds(estimate))
 
     def _refuse_all(self, room: _Room, refusal: ApiError) -> None:
-        for guest, waiting in room.all_waiting():
+        for guest, waiting in room.seats.all_waiting():
             room.withdraw(guest, waiting)
             waiting.refuse(refusal)
 
@@ -500,19 +395,19 @@ class WaitingRooms:
         self._is_sweeping = False
         self._workers = max(1, self._live_workers())
         for room in self._rooms.values():
-            if not room.waiting:
+            if not room.seats.waiting:
                 continue
             self._fit(room)  # what was leaving may have gone; workers come and go
             self.settle(room)
             if now >= room.next_end:
                 self._end_waits(room, now)
-            if room.waiting:
+            if room.seats.waiting:
                 self._sweep_later()
 
     def _end_waits(self, room: _Room, now: float) -> None:
         refusal: ApiError | None = None
         room.next_end = math.inf
-        for guest, waiting in room.all_waiting():
+        for guest, waiting in room.seats.all_waiting():
             end = self._end_of(room, waiting)
             if end > now:
                 room.next_end = min(room.next_end, end)

@@ -152,6 +152,24 @@ def test_a_tenant_of_twice_the_weight_holds_twice_the_seats() -> None:
     assert held.count("heavy") == pytest.approx(20, abs=1)
 
 
+def test_a_weight_that_is_changed_holds_from_then_on() -> None:
+    weights = {"heavy": 1.0}
+    rig = a_rig(seats=30, weights=weights)
+    rig.follow(ONE)
+    for _ in range(100):
+        rig.visit("heavy")
+        rig.visit("plain")
+    weights["heavy"] = 2.0
+    rig.follow(ONE)
+    rng = random.Random(1)
+    for _ in range(300):
+        gone = rng.choice(rig.seated)
+        rig.leave(gone)
+        rig.visit(gone.tenant)
+        rig.time.pass_()
+    assert [visit.tenant for visit in rig.seated].count("heavy") == pytest.approx(20, abs=1)
+
+
 def light_waits(rng: random.Random, *, is_greedy_there: bool) -> list[float]:
     """A tenant that asks now and then, at a replica with 64 seats; and one that always has 500 requests, or none."""
     rig = a_rig(seats=64)
@@ -403,10 +421,11 @@ class Rooms(RuleBasedStateMachine):
             if visit.waiting is not None and visit.waiting._state.name == "TURN" and visit.seated_at is None
         )
         waiting = sum(1 for visit in self.visits if visit.waiting and visit.waiting._state.name == "WAITING")
-        assert room.taken == len(self.rig.seated) + turns == sum(one.seats for one in room.guests.values())
-        assert room.waiting == waiting == sum(len(one.line) for one in room.guests.values())
-        assert room._weights == pytest.approx(sum(one.weight for one in room.guests.values() if one.is_here))
-        assert not (room.waiting and room.taken < room.runs), "nobody waits while there is a seat for anybody"
+        seats, guests = room.seats, room.seats._guests.values()
+        assert seats.taken == len(self.rig.seated) + turns == sum(one.seats for one in guests)
+        assert seats.waiting == waiting == sum(len(one.line) for one in guests)
+        assert seats._weights == pytest.approx(sum(one.weight for one in guests if one.is_here))
+        assert not (seats.waiting and seats.taken < seats.runs), "nobody waits while there is a seat for anybody"
 
     def teardown(self) -> None:
         self.rig.time.pass_()
