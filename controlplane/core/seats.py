@@ -131,13 +131,13 @@ class Seats(Generic[W]):
         """Takes whose turn it is out of its line, and gives it a seat; None while there is none for anybody."""
         if not self.waiting or self.taken >= self.most:
             return None
-        is_reserve = self.taken >= self.runs
-        chosen = min(
-            (one for one in self._lines if not is_reserve or self._has_reserved_seat(one)),
-            key=lambda one: (one.seats / one.weight, one.start),
-            default=None,
-        )
-        if chosen is None:
+        chosen, least = None, math.inf
+        for guest in self._lines:
+            load = guest.seats / guest.weight
+            if chosen is None or load < least or (load == least and guest.start < chosen.start):
+                chosen, least = guest, load
+        # if it is above its share, so is everybody else who waits
+        if chosen is None or (self.taken >= self.runs and not self._has_reserved_seat(chosen)):
             return None
         self._virtual_time = max(self._virtual_time, chosen.start)
         chosen.start += 1 / chosen.weight
