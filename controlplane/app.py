@@ -181,6 +181,14 @@ def proxy_options(settings: Settings) -> proxy.ProxyOptions:
         connect_timeout_seconds=chosen.connect_timeout_seconds,
         first_byte_timeout_seconds=chosen.first_byte_timeout_seconds,
         idle_timeout_seconds=chosen.idle_timeout_seconds,
+        waiting=proxy.WaitingOptions(
+            hold_seconds=chosen.hold_seconds,
+            hold_seconds_without_stream=chosen.hold_seconds_without_stream,
+            queue_seconds=chosen.queue_seconds,
+            queue_pressure_seconds=chosen.queue_pressure_seconds,
+            max_waiting_per_model=chosen.max_waiting_per_model,
+            max_waiting_per_tenant=chosen.max_waiting_per_tenant,
+        ),
     )
 
 

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
+from controlplane.core import held_requests
 from controlplane.core.bounds import bounded
 from controlplane.core.policies import growth_limit, shrink_limit
 from controlplane.core.types import (
@@ -35,6 +36,14 @@ from controlplane.core.types import (
 
 
 @dataclass(frozen=True, slots=True)
+class Help:
+    """Sets that have what a proxy's held requests ask for; by name."""
+
+    coming: frozenset[str] = frozenset()  # a replica starts, or is wanted and not made yet
+    ready: frozenset[str] = frozenset()  # a replica was proven
+
+
+@dataclass(frozen=True, slots=True)
 class Pressure:
     """What the alerts ask of one replica set."""
 
@@ -47,7 +56,41 @@ class Pressure:
 
 def presses(alert: Alert, *, now: datetime, stale_after: timedelta) -> bool:
     """Is this alert a reason to act, now?"""
-    return alert.action is not None and alert.is_firing and now - alert.refreshed_at <= stale_after
+    return alert.action is not None and alert.is_firing and now - alert.refreshed_at <= _good_for(alert, stale_after)
+
+
+def _good_for(alert: Alert, stale_after: timedelta) -> timedelta:
+    return min(stale_after, held_requests.GOOD_FOR) if alert.source == held_requests.SOURCE else stale_after
+
+
+def help_for(
+    replica_sets: Iterable[ReplicaSet], replicas: Iterable[Replica], endpoints: Mapping[str, Endpoint], now: datetime
+) -> Help:
+    """Which sets have help, or have it on its way. `endpoints` by replica name."""
+    replicas = tuple(replicas)
+    coming, ready = set(), set()
+    for one in replica_sets:
+        own = [replica for replica in replicas if replica.replica_set == one.name]
+        if one.is_paused:
+            continue
+        if _starting(own, endpoints, now) or _missing(one, own):
+            coming.add(one.name)
+        if any(_is_ready(replica, endpoints.get(replica.name)) for replica in own):
+            ready.add(one.name)
+    return Help(frozenset(coming), frozenset(ready))
+
+
+def _starting(own: Sequence[Replica], endpoints: Mapping[str, Endpoint], now: datetime) -> list[Replica]:
+    existing = {one.id for one in own if one.exists}  # a successor beside one of these is no help
+    return [one for one in own if one.succeeds not in existing and is_starting(one, endpoints.get(one.name), now)]
+
+
+def _missing(replica_set: ReplicaSet, own: Sequence[Replica]) -> int:
+    return max(0, replica_set.desired_replicas - sum(one.exists for one in own))
+
+
+def _is_ready(replica: Replica, endpoint: Endpoint | None) -> bool:
+    return replica.phase is Phase.RUNNING and endpoint is not None and endpoint.health is Health.READY
 
 
 def pressures(
@@ -57,14 +100,17 @@ def pressures(
     now: datetime,
     stale_after: timedelta,
     backing_off: Collection[str] = (),
+    help_there: Help | None = None,
 ) -> dict[str, Pressure]:
     """Whom each alert presses. One that names a model presses one set: the cheapest that can grow, the dearest down.
 
-    `backing_off`: names of the sets that cannot grow, because their starts fail.
+    `backing_off`: names of the sets that cannot grow, because their starts fail. `help_there`: see `help_for`; of
+    concern to what proxies tell.
     """
     scalable = [one for one in replica_sets if not one.spec.is_external]
     alerts = tuple(alerts)
-    return {one.name: _pressure_on(one, scalable, alerts, now, stale_after, backing_off) for one in scalable}
+    there = Help() if help_there is None else help_there
+    return {one.name: _pressure_on(one, scalable, alerts, now, stale_after, backing_off, there) for one in scalable}
 
 
 def _pressure_on(
@@ -74,15 +120,16 @@ def _pressure_on(
     now: datetime,
     stale_after: timedelta,
     backing_off: Collection[str],
+    there: Help,
 ) -> Pressure:
-    meant = [alert for alert in alerts if _is_meant(replica_set, alert, all_sets, backing_off)]
+    meant = [alert for alert in alerts if _is_meant(replica_set, alert, all_sets, backing_off, there)]
     pressing = [alert for alert in meant if presses(alert, now=now, stale_after=stale_after)]
 
     def acting(action: AlertAction) -> tuple[Alert, ...]:
         return tuple(alert for alert in pressing if alert.action is action)
 
     felt = [
-        _felt_until(alert, now, stale_after)
+        _felt_until(alert, now, _good_for(alert, stale_after))
         for alert in alerts
         if alert.action is AlertAction.SCALE_UP and _names(replica_set, alert)
     ]
@@ -103,7 +150,9 @@ def _names(replica_set: ReplicaSet, alert: Alert) -> bool:
     return alert.labels.get("model") == replica_set.spec.model
 
 
-def _is_meant(replica_set: ReplicaSet, alert: Alert, all_sets: list[ReplicaSet], backing_off: Collection[str]) -> bool:
+def _is_meant(
+    replica_set: ReplicaSet, alert: Alert, all_sets: list[ReplicaSet], backing_off: Collection[str], there: Help
+) -> bool:
     if not _names(replica_set, alert):
         return False
     if alert.action is AlertAction.REPLACE or alert.labels.get("replica_set"):
@@ -114,6 +163,10 @@ def _is_meant(replica_set: ReplicaSet, alert: Alert, all_sets: list[ReplicaSet],
     )
     if alert.action is AlertAction.SCALE_UP:
         able = [one for one in siblings if _can_grow(one) and one.name not in backing_off]
+        if alert.source == held_requests.SOURCE:
+            if held_requests.is_hold(alert) and any(one.name in there.ready for one in siblings):
+                return False  # the proxies have not heard of it yet, or we not of their hearing
+            able = [one for one in siblings if one.name in there.coming and one.name not in backing_off] or able
         return replica_set in (able[:1] or siblings[-1:])
     able = [one for one in siblings if _can_shrink(one)]
     return replica_set in (able[-1:] or siblings[:1])
@@ -177,11 +230,8 @@ def decide(
         wish = _scheduled(replica_set, due)
     else:
         replicas = tuple(replicas)
-        existing = {one.id for one in replicas if one.exists}  # a successor beside one of these is no help
-        starting = [
-            one for one in replicas if one.succeeds not in existing and is_starting(one, endpoints.get(one.name), now)
-        ]
-        wish = _wish(due, pressure, starting, changes, now)
+        starting = _starting(replicas, endpoints, now)
+        wish = _wish(due, pressure, starting, _missing(due, replicas), changes, now)
     if replica_set.freezes:
         return _frozen(replica_set, wish)
     if replica_set.is_advisory and wish.changes_desired:
@@ -227,7 +277,12 @@ def _frozen(replica_set: ReplicaSet, wish: Decision) -> Decision:
 
 
 def _wish(
-    replica_set: ReplicaSet, pressure: Pressure, starting: list[Replica], changes: Sequence[Change], now: datetime
+    replica_set: ReplicaSet,
+    pressure: Pressure,
+    starting: list[Replica],
+    missing: int,
+    changes: Sequence[Change],
+    now: datetime,
 ) -> Decision:
     """What bounds and alerts ask for."""
     desired = replica_set.desired_replicas
@@ -236,7 +291,7 @@ def _wish(
     if desired > replica_set.max_replicas:
         return _move(replica_set, replica_set.max_replicas, DecisionReason.ABOVE_MAX, "more than max_replicas")
     if pressure.up:
-        return _decide_up(replica_set, pressure, starting, changes, now)
+        return _decide_up(replica_set, pressure, starting, missing, changes, now)
     if pressure.down:
         return _decide_down(replica_set, pressure, changes, now)
     return _stay(replica_set, DecisionReason.STEADY, "no alert presses")
@@ -256,6 +311,7 @@ def _decide_up(
     replica_set: ReplicaSet,
     pressure: Pressure,
     starting: list[Replica],
+    missing: int,
     changes: Sequence[Change],
     now: datetime,
 ) -> Decision:
@@ -265,10 +321,15 @@ def _decide_up(
         return _stay(replica_set, DecisionReason.DISABLED, f"{what}, but scale_up is Disabled", up)
     if desired >= replica_set.max_replicas:
         return _stay(replica_set, DecisionReason.AT_MAX, f"{what}, but max_replicas is {replica_set.max_replicas}", up)
-    if starting:
+    is_first = desired == 0 and any(map(held_requests.is_hold, up))
+    if starting and not is_first:  # one that nobody wanted any more is wanted again by the first step
         return _stay(replica_set, DecisionReason.STARTING, f"{what}; {starting[0].name} is still starting", up)
     if pressure.is_backing_off:
         return _stay(replica_set, DecisionReason.BACKING_OFF, f"{what}, but starts fail", up)
+    if missing and all(alert.source == held_requests.SOURCE for alert in up):
+        return _stay(replica_set, DecisionReason.STARTING, f"{what}; {missing} more are wanted already", up)
+    if is_first:
+        return _move(replica_set, 1, DecisionReason.SCALED_UP, f"{what}; the first one, at once", up)
     if (left := _cooldown_left(replica_set.scaled_up_at, rules.cooldown_seconds, now)) is not None:
         return _stay(replica_set, DecisionReason.COOLDOWN, f"{what}; cooling down until {left:%H:%M:%S}", up)
     # less was asked for while fewer were desired: a step begins the window anew

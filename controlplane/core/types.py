@@ -446,7 +446,7 @@ class AlertAction(StrEnum):
 class Alert:
     """One alert instance as a level: while it is firing and fresh, it presses."""
 
-    source: str  # grafana | alertmanager
+    source: str  # grafana | alertmanager | proxy
     org_id: int
     fingerprint: str
     alertname: str
@@ -622,6 +622,7 @@ class RoutableEndpoint:
     ends_at: datetime | None  # the walltime's end; None: none is known
     yields_at: datetime | None = None  # from then on it gets new requests only if no other can take them
     routing: RoutingPolicy = field(default_factory=RoutingPolicy)  # its set's
+    runs_at_once: int = 256  # requests, by its engine's arguments; what comes beyond waits in the engine's own queue
 
     @property
     def weight(self) -> int:
@@ -643,6 +644,10 @@ class ServedModel:
     routable: int
     starting_since: datetime | None  # the oldest replica that is not ready yet
     start_seconds_p95: float | None  # the longest start lead of its replica sets; None: never measured
+    can_start: bool = True  # some set has, or may be given, a replica
+    load_seconds_p95: float | None = None  # of a start, from its job's begin; None: never measured
+    loading_since: datetime | None = None  # since when the oldest job runs whose replica is not ready yet
+    expected_start_at: datetime | None = None  # Slurm's estimate of when the first job that waits will run
 
 
 @dataclass(frozen=True, slots=True)

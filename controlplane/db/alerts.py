@@ -13,10 +13,11 @@ from typing import Any
 
 from psycopg.rows import DictRow
 
+from controlplane.core import held_requests
 from controlplane.core.types import Alert, AlertAction
 from controlplane.db.alert_words import Arrival, Word, keep_newest, record_deliveries, use_signatures, word
 from controlplane.db.errors import Duplicate
-from controlplane.db.pool import PULL_CHANNEL, Database, wake
+from controlplane.db.pool import PULL_CHANNEL, Connection, Database, wake
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +120,17 @@ async def load_firing(db: Database, source: str, org_id: int) -> dict[str, datet
         return {row["fingerprint"]: row["refreshed_at"] for row in await cursor.fetchall()}
 
 
+async def load_of_source(connection: Connection, source: str) -> dict[str, Alert]:
+    """All of a source without organizations, by fingerprint."""
+    cursor = await connection.execute(f"SELECT {_COLUMNS} FROM alerts WHERE source = %s AND org_id = 0", (source,))
+    return {row["fingerprint"]: _alert(row) for row in await cursor.fetchall()}
+
+
 async def load_since(db: Database, since: datetime) -> tuple[Alert, ...]:
     """Alerts that were confirmed, or that ended, at this time or later; newest first."""
     async with db.connection() as connection:
         cursor = await connection.execute(
-            "SELECT source, org_id, fingerprint, alertname, status, starts_at, ends_at, refreshed_at, labels, "
-            "annotations, values, action, step, ignored_reason, stale_since FROM alerts WHERE refreshed_at >= %s "
-            "ORDER BY refreshed_at DESC, fingerprint",
+            f"SELECT {_COLUMNS} FROM alerts WHERE refreshed_at >= %s ORDER BY refreshed_at DESC, fingerprint",
             (since,),
         )
         return tuple(_alert(row) for row in await cursor.fetchall())
@@ -143,12 +148,15 @@ async def load_first_receipts(db: Database, since: datetime) -> dict[str, dateti
 
 
 async def note_stale(db: Database, *, stale_after: timedelta, now: datetime) -> list[str]:
-    """Mark what fires, would press, and was not confirmed for so long; returns the keys of those newly marked."""
+    """Mark what fires, would press, and was not confirmed for so long; returns the keys of those newly marked.
+
+    What a proxy tells of the requests that it holds is stale much earlier: see `core.held_requests`.
+    """
     async with db.connection() as connection:
         cursor = await connection.execute(
             f"UPDATE alerts SET stale_since = %s WHERE ctid = {_UNLOCKED.format('alerts', _UNCONFIRMED)} "
             "RETURNING source || '/' || org_id || '/' || fingerprint AS key",
-            (now, now - stale_after),
+            (now, held_requests.SOURCE, now - min(stale_after, held_requests.GOOD_FOR), now - stale_after),
         )
         return sorted(row["key"] for row in await cursor.fetchall())
 
@@ -162,7 +170,14 @@ async def count_stale(db: Database) -> dict[str, int]:
         return {row["source"]: row["count"] for row in await cursor.fetchall()}
 
 
-_UNCONFIRMED = "status = 'firing' AND action IS NOT NULL AND stale_since IS NULL AND refreshed_at < %s"
+_COLUMNS = (
+    "source, org_id, fingerprint, alertname, status, starts_at, ends_at, refreshed_at, labels, annotations, values, "
+    "action, step, ignored_reason, stale_since"
+)
+_UNCONFIRMED = (
+    "status = 'firing' AND action IS NOT NULL AND stale_since IS NULL "
+    "AND refreshed_at < CASE source WHEN %s THEN %s ELSE %s END"
+)
 _UNLOCKED = "ANY (ARRAY (SELECT ctid FROM {0} WHERE {1} FOR UPDATE SKIP LOCKED))"
 """Rows that no delivery holds: one that does is about to refresh it, and neither waits for the other."""
 

@@ -8,6 +8,7 @@ from typing import Any
 from psycopg.rows import DictRow
 from pydantic import TypeAdapter
 
+from controlplane.core.engines import runs_at_once
 from controlplane.core.hand_over import yields_at
 from controlplane.core.types import Endpoint, HandOver, Health, Replica, RoutableEndpoint, RoutingPolicy, ServedModel
 from controlplane.db.pool import Database
@@ -111,7 +112,7 @@ async def load_routable(db: Database) -> tuple[RoutableEndpoint, ...]:
     async with db.connection() as connection:
         cursor = await connection.execute(
             "SELECT endpoint_id, model, replica_set, priority, url, api_key, replica, first_ready_at, ends_at, "
-            "running_since, hand_over_margin_seconds, routing FROM routable_endpoints ORDER BY endpoint_id"
+            "running_since, hand_over_margin_seconds, routing, vllm_args FROM routable_endpoints ORDER BY endpoint_id"
         )
         return tuple(_routable(row) for row in await cursor.fetchall())
 
@@ -120,8 +121,8 @@ async def load_served_models(db: Database) -> tuple[ServedModel, ...]:
     """Every model that a replica set serves, scaled to zero or not."""
     async with db.connection() as connection:
         cursor = await connection.execute(
-            "SELECT model, created_at, is_paused, paused_until, routable, starting_since, start_seconds_p95 "
-            "FROM served_models ORDER BY model"
+            "SELECT model, created_at, is_paused, paused_until, routable, starting_since, start_seconds_p95, "
+            "can_start, load_seconds_p95, loading_since, expected_start_at FROM served_models ORDER BY model"
         )
         return tuple(ServedModel(**row) for row in await cursor.fetchall())
 
@@ -141,6 +142,7 @@ async def load_targets(db: Database) -> list[Target]:
 def _routable(row: DictRow) -> RoutableEndpoint:
     margin, since, ends_at = row.pop("hand_over_margin_seconds"), row.pop("running_since"), row["ends_at"]
     row["routing"] = RoutingPolicy() if row["routing"] is None else _ROUTING.validate_python(row["routing"])
+    row["runs_at_once"] = runs_at_once(row.pop("vllm_args") or ())
     if ends_at is None or since is None:
         return RoutableEndpoint(**row)
     rules = HandOver() if margin is None else HandOver(margin_seconds=margin)

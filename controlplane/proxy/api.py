@@ -21,7 +21,6 @@ from starlette.types import Receive, Scope, Send
 
 from controlplane.clock import utc_now
 from controlplane.core.retry_budget import RetryBudget
-from controlplane.core.types import ServedModel
 from controlplane.db import Database
 from controlplane.metrics import ProxyMetrics
 from controlplane.proxy._stubs import AccessLog, Limits, Usage, WaitingRooms
@@ -35,6 +34,7 @@ from controlplane.proxy.errors import (
     nothing_known_yet,
     unknown_route,
 )
+from controlplane.proxy.models import model_list, one_model
 from controlplane.proxy.options import ProxyOptions
 from controlplane.proxy.plane import Plane
 from controlplane.proxy.protocol import ROUTES, ClientConnection
@@ -168,22 +168,6 @@ class Proxy:
 def _allow(scope: Scope, *methods: str) -> None:
     if scope["method"] not in methods:
         raise method_not_allowed(scope["method"], scope["path"], ", ".join(methods))
-
-
-def _shown(model: ServedModel, snapshot: Snapshot) -> dict[str, object]:
-    """OpenAI's model object, and what a client may want to know before it waits."""
-    state = snapshot.state_of(model)
-    shown: dict[str, object] = {
-        "id": model.model,
-        "object": "model",
-        "created": int(model.created_at.timestamp()),
-        "owned_by": "controlplane",
-        "state": state.value,
-    }
-    estimate = seconds_to_ready(model, utc_now())
-    if state in (ModelState.STARTING, ModelState.SCALED_TO_ZERO) and estimate is not None:
-        shown["start_estimate_seconds"] = round(estimate)
-    return shown
 
 
 def _json(value: object) -> bytes:

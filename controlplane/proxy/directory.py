@@ -54,8 +54,17 @@ class Snapshot:
 def seconds_to_ready(model: ServedModel, now: datetime) -> float | None:
     """How long until the replica that is starting, or one that were started now, serves.
 
-    95 of 100 starts of this model took no longer. None: never measured, or this start takes longer than they did.
+    Of a job that runs: 95 of 100 loads of this model took no longer. Of one that waits: from when Slurm says that it
+    will run, if it says so. Otherwise 95 of 100 whole starts took no longer. None: never measured, or this start takes
+    longer than they did.
     """
+    load = model.load_seconds_p95
+    if load is not None and model.loading_since is not None:
+        left = load - (now - model.loading_since).total_seconds()
+        if left > 0:
+            return left
+    if load is not None and model.expected_start_at is not None:
+        return max(0.0, (model.expected_start_at - now).total_seconds()) + load
     if model.start_seconds_p95 is None:
         return None
     if model.starting_since is None:

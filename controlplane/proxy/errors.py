@@ -104,6 +104,16 @@ def model_starting(model: str, retry_after_seconds: int) -> ApiError:
     )
 
 
+def queue_full(model: str, retry_after_seconds: int) -> ApiError:
+    return ApiError(
+        429,
+        "queue_full",
+        f"Too many requests wait for the model `{model}`. Try again in {retry_after_seconds} s.",
+        kind="rate_limit_error",
+        headers=_retry_after(retry_after_seconds),
+    )
+
+
 def model_paused(model: str, retry_after_seconds: int | None) -> ApiError:
     """`retry_after_seconds`: None if the end of the pause is unknown or too far away to wait for."""
     return ApiError(

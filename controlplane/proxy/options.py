@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from controlplane.proxy.waiting import WaitingOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,8 @@ class ProxyOptions:
     idle_timeout_seconds: float = 300.0  # between two pieces of an answer: an engine that hangs says nothing at all
     keepalive_seconds: float = 4.0  # of an idle upstream connection; vLLM closes its end after 5 s
     max_tries: int = 3  # endpoints that one request is sent to, where the first ones cannot be reached
+
+    waiting: WaitingOptions = field(default_factory=WaitingOptions)
 
     @property
     def tick_seconds(self) -> float:

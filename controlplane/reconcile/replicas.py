@@ -19,7 +19,7 @@ from controlplane.core.lifecycle import advance, comment_for, is_anothers, job_o
 from controlplane.core.nodes import NodeRules
 from controlplane.core.planning import PlanRules, Scene, back_off, idle_since, plan
 from controlplane.core.reservations import Closing
-from controlplane.core.scaling import Pressure, decide, longest_period, pressures
+from controlplane.core.scaling import Pressure, decide, help_for, longest_period, pressures
 from controlplane.core.types import (
     Action,
     Alert,
@@ -129,6 +129,7 @@ class ReplicaLoop:
             now=now,
             stale_after=self._options.stale_after,
             backing_off={name for name, one in pauses.items() if one is not None and now < one.next_try_at},
+            help_there=help_for(world.sets.values(), world.replicas, world.endpoints, now),
         )
         actions: list[Action] = [*await self._decide(world, pressing, pauses, done, now)]
         observed = await self._observe(now)

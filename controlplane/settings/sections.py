@@ -57,6 +57,24 @@ class ProxySettings(Section):
     idle_timeout_seconds: Seconds = Field(
         default=300.0, description="how long an endpoint may be silent between two pieces of an answer"
     )
+    hold_seconds: Seconds = Field(
+        default=600.0, description="how long a stream may wait for a model of which no replica is routable"
+    )
+    hold_seconds_without_stream: Seconds = Field(
+        default=50.0,
+        description="how long a request that is not streamed may wait; "
+        "many a proxy before it gives up after 60 s in which it hears nothing",
+    )
+    queue_seconds: Seconds = Field(
+        default=60.0, description="how long a request may wait while every replica has as many as it may"
+    )
+    queue_pressure_seconds: Seconds = Field(
+        default=5.0, description="a queue that lasts so long asks for one more replica"
+    )
+    max_waiting_per_model: Count = Field(
+        default=1000, description="requests that wait for one model at most, in one worker; more are refused with 429"
+    )
+    max_waiting_per_tenant: Count = Field(default=500, description="the same, of one tenant")
     drain_timeout_seconds: Seconds = Field(
         default=60.0, description="how long answers under way may take to end after SIGTERM, before they are broken off"
     )

@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from controlplane.core.held_requests import SOURCE as PROXY
 from controlplane.core.nodes import NodeCause
 from controlplane.core.pending import word_of
 from controlplane.core.types import LIVE_PHASES, Phase
@@ -106,7 +107,7 @@ async def observe(db: Database, now: datetime) -> list[Metric]:
         "controlplane_alerts_stale", "Firing alerts that nobody confirms any more", labels=["source"]
     )
     stale_by_source = await alerts.count_stale(db)
-    for source in Source:
+    for source in (*Source, PROXY):
         stale.add_metric([source], stale_by_source.get(source, 0))
     return [by_phase, desired, ready, confirmed, late, pending, stale, *await _troubles(db, [one.name for one in sets])]
 

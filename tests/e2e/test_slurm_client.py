@@ -29,7 +29,7 @@ async def client(request: pytest.FixtureRequest, slurm: SlurmCluster) -> AsyncIt
         yield client
 
 
-def job_request(slurm: SlurmCluster, partition: str | None = None) -> JobRequest:
+def job_request(slurm: SlurmCluster, partition: str | None = None, *, gpus_per_node: int = 2) -> JobRequest:
     return JobRequest(
         name=NAME,
         comment=f"{NAME} {'0' * 32}",
@@ -37,7 +37,7 @@ def job_request(slurm: SlurmCluster, partition: str | None = None) -> JobRequest
         environment={"PATH": "/usr/bin:/bin", "A": "b 'c' $d"},
         working_directory=str(slurm.jobs_directory),
         standard_output=f"{slurm.jobs_directory}/client-%j.out",
-        resources=SlurmResources(time_limit_seconds=90, gpus_per_node=2, partition=partition),
+        resources=SlurmResources(time_limit_seconds=90, gpus_per_node=gpus_per_node, partition=partition),
     )
 
 
@@ -74,6 +74,37 @@ async def test_a_held_job_is_listed_released_and_cancelled_by_its_owner_only(
 
     await eventually(is_over, timeout_seconds=30)
     assert not await client.cancel(submitted.job_id, name=NAME), "it is over"
+
+
+@pytest.mark.parametrize("client", ["socket"], indirect=True)  # Slurm takes half a minute to estimate
+async def test_a_job_that_waits_for_others_to_end_has_slurms_estimate_of_its_start(
+    client: SlurmClient, slurm: SlurmCluster
+) -> None:
+    submitted = [(await client.submit(job_request(slurm, gpus_per_node=8))).job_id for _ in range(5)]
+    assert (await _jobs(client))[submitted[-1]].started_at is None, "held: no estimate"
+    for job_id in submitted:
+        await client.release(job_id, name=NAME)
+
+    async def estimated() -> SlurmJob | None:
+        waiting = [one for one in (await _jobs(client)).values() if one.state is JobState.PENDING]
+        return waiting[0] if len(waiting) == 1 and waiting[0].started_at is not None else None
+
+    job = await eventually(estimated, timeout_seconds=60)
+    ends = [one.ends_at for one in (await _jobs(client)).values() if one.state is JobState.RUNNING]
+    assert job.started_at is not None
+    assert job.started_at > utc_now()
+    assert min(one for one in ends if one) <= job.started_at + timedelta(seconds=1)
+    for job_id in submitted:
+        await client.cancel(job_id, name=NAME)
+
+    async def are_over() -> bool:
+        return all(one.is_over for one in (await _jobs(client)).values())
+
+    await eventually(are_over, timeout_seconds=30)
+
+
+async def _jobs(client: SlurmClient) -> dict[int, SlurmJob]:
+    return {one.job_id: one for one in (await client.list_jobs(utc_now())).jobs}
 
 
 async def test_what_slurm_refuses_is_told_apart(client: SlurmClient, slurm: SlurmCluster) -> None:

@@ -22,6 +22,7 @@ TABLES = (  # who refers to others before them; all with an id that counts, if T
     ("replica_sets", False),
     ("alert_deliveries", False),
     ("alerts", False),
+    ("held_requests", False),
     ("webhook_signatures", False),
     ("leases", False),
     ("job_runs", False),

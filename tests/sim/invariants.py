@@ -26,6 +26,7 @@ from typing import Any
 import psycopg
 from psycopg.rows import dict_row
 
+from controlplane.core.held_requests import GOOD_FOR
 from tests.sim.grafana import Grafana
 from tests.sim.product import OPERATOR, ORPHAN_GRACE, STALE_AFTER
 from tests.sim.slurm import NODES, US, Engine, Job, Slurm
@@ -84,6 +85,7 @@ class Watch:
         self._ended: dict[str, Row] = {}
         self._last_decision = 0
         self._drained_since: dict[str, datetime] = {}  # nodes, and when a mark that is certainly in force was seen
+        self.held_told_at: Callable[[], datetime | None] = lambda: None
         self.sees_stale_list: Callable[[], bool] = lambda: False
         self.told: Callable[[str], None] = lambda words: None
 
@@ -318,9 +320,12 @@ class Watch:
                 raise Broken(f"4: {decision['replica_set']} shrank: {decision['reason']}")
             return
         grows = decision["desired"] > decision["previous"]
-        rules = [self._grafana.rule(key) for key in decision["alerts"]]
-        if not rules:
+        keys = [key for key in decision["alerts"] if not key.startswith("proxy/")]
+        rules = [self._grafana.rule(key) for key in keys]
+        if not decision["alerts"]:
             raise Broken(f"4: {decision['replica_set']} was scaled by no alert")
+        if len(keys) < len(decision["alerts"]):
+            self._check_pressed_by_proxies(decision, is_alone=not keys)
         for rule in rules:
             assert rule is not None
             if rule.action != ("scale_up" if grows else "scale_down") or rule.state_reason is not None:
@@ -329,6 +334,13 @@ class Watch:
             is_long_ago = fired_until is not None and self._clock() - fired_until > STALE_AFTER + timedelta(minutes=2)
             if rule.starts_at is None or (not rule.is_firing and is_long_ago):
                 raise Broken(f"4: {decision['replica_set']} {decision['reason']} because of what fires no more")
+
+    def _check_pressed_by_proxies(self, decision: Row, *, is_alone: bool) -> None:
+        name, told_at = decision["replica_set"], self.held_told_at()
+        if told_at is None or self._clock() - told_at > GOOD_FOR + timedelta(minutes=2):
+            raise Broken(f"4: {name} {decision['reason']} because of requests that nobody holds")
+        if is_alone and decision["desired"] != decision["previous"] + 1:
+            raise Broken(f"4: held requests took {name} from {decision['previous']} to {decision['desired']}")
 
     # --- when it is quiet ----------------------------------------------------------------------------------
 

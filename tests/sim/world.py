@@ -23,6 +23,7 @@ from tests.sim.doors import Door, Wire
 from tests.sim.grafana import Grafana, Rule
 from tests.sim.happenings import Happenings
 from tests.sim.invariants import Broken, Watch, has_certainly_failed
+from tests.sim.proxies import Proxies
 from tests.sim.site import FakeSite
 from tests.sim.slurm import NODES, Slurm
 from tests.sim.steps import Fate, Killed, Parked, Process, Stage
@@ -66,6 +67,8 @@ class World:
         self.web = Process("web")
         self.stage.processes.append(self.web)
         self._visitors = Visitors(self)
+        self._proxies = Proxies(self, _MODEL)
+        self.stage.processes.append(self._proxies.process)
         self._happenings = Happenings(self)
 
     def _rules(self) -> list[Rule]:
@@ -114,6 +117,7 @@ class World:
             submit_grace=grace,
         )
         self.watch.told = self.say
+        self.watch.held_told_at = lambda: self._proxies.told_at
         self.watch.sees_stale_list = lambda: any(process.saw_stale_jobs for process in self.planes)
         self.slurm.on_start = self.watch.on_start
         self.site.asks_slurm = self._on_request
@@ -121,7 +125,7 @@ class World:
         self.site.on_composed = self._on_composed
 
     async def end(self) -> None:
-        for process in [*self.planes, self.web]:
+        for process in [*self.planes, self.web, self._proxies.process]:
             await self.stage.kill(process)
         self.watch.close()
 
@@ -306,7 +310,8 @@ class World:
             rng.choice(list(self.planes)).sleeps_at = rng.choice(MOMENTS)
         awake = [one for one in self.planes if not one.is_asleep and not one.is_busy]
         chosen = awake if rng.random() < 0.5 else [rng.choice(awake)] if awake else []
-        await self.run(*(work for process in chosen for work in self.rounds(process)), *self._visitors.visits())
+        rounds = [work for process in chosen for work in self.rounds(process)]
+        await self.run(*rounds, *self._visitors.visits(), *self._proxies.visits())
 
     def wake(self, process: Process) -> None:
         process.is_asleep, process.wakes_at = False, None
@@ -361,6 +366,10 @@ class World:
         urls = [row["url"] for row in self.watch.rows("SELECT url FROM routable_endpoints")]
         self._directories.append((self.now, urls))
 
+    def nothing_is_routable(self) -> bool:
+        """As far as the newest directory knows."""
+        return bool(self._directories) and not self._directories[-1][1]
+
     def lagging_proxies_send(self, lag: timedelta) -> None:
         """One request to every endpoint of the newest directory that is as old as that: a proxy has no newer."""
         self._directories = [one for one in self._directories if one[0] >= self.now - _PROXY_LAG]
@@ -389,6 +398,7 @@ class World:
         self.site.blind_to_nodes = self.slurm.engines_crash = False
         self.token.good_until = None
         self.slurm.reservations.clear()
+        await self.run(*self._proxies.all_clients_leave())
         for node in NODES:
             await self.run((self.web, self.order(f"nodes/{node}/undrain", {})))
         for engine in self.slurm.engines:
