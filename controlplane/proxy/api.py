@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import secrets
+import socket
 import time
 from collections import Counter
 from functools import partial
@@ -23,24 +26,27 @@ from controlplane.clock import utc_now
 from controlplane.core.retry_budget import RetryBudget
 from controlplane.db import Database
 from controlplane.metrics import ProxyMetrics
-from controlplane.proxy._stubs import AccessLog, Limits, Usage, WaitingRooms
-from controlplane.proxy.auth import authenticate, credential_of, may_use
-from controlplane.proxy.directory import Directory, ModelState, Snapshot, seconds_to_ready
+from controlplane.proxy._stubs import AccessLog
+from controlplane.proxy.auth import authenticate, credential_of
+from controlplane.proxy.directory import Directory, Snapshot
 from controlplane.proxy.errors import (
     ApiError,
     Headers,
     method_not_allowed,
-    model_not_found,
     nothing_known_yet,
     unknown_route,
 )
+from controlplane.proxy.limits import Limits
 from controlplane.proxy.models import model_list, one_model
 from controlplane.proxy.options import ProxyOptions
 from controlplane.proxy.plane import Plane
+from controlplane.proxy.pressure import HeldPressure
 from controlplane.proxy.protocol import ROUTES, ClientConnection
 from controlplane.proxy.request import header, request_id_of
 from controlplane.proxy.routing import Router
 from controlplane.proxy.upstreams import Upstreams
+from controlplane.proxy.usage import Usage
+from controlplane.proxy.waiting import WaitingRooms
 
 _JSON = b"application/json"
 _FIRST_READ_SECONDS = 1.0  # so that the first request finds something; without PostgreSQL we start all the same
@@ -53,23 +59,41 @@ def create_app(db: Database, options: ProxyOptions, metrics: ProxyMetrics, *, rn
 
 class Proxy:
     def __init__(self, db: Database, options: ProxyOptions, metrics: ProxyMetrics, rng: Random) -> None:
+        # names this process among all of all hosts, for ever: what it told the database is told from others' by it
+        worker = f"{socket.gethostname()}/{os.getpid()}/{secrets.token_hex(4)}"
         self._options = options
         self._metrics = metrics
         self._directory = Directory(db, refresh_seconds=options.refresh_seconds, on_read=self._follow)
+        self._usage = Usage(db, worker)
+        self._limits = Limits(db, worker, tally=self._usage.tally, expected_workers=options.workers)
+        upstreams = Upstreams(keepalive_seconds=options.keepalive_seconds)
+        self._rooms = WaitingRooms(
+            options.waiting,
+            live_workers=lambda: self._limits.workers,
+            in_flight_of=upstreams.in_flight_of,
+            weight_of=self._weight_of,
+        )
+        self._pressure = HeldPressure(db, self._rooms, worker=worker)
         self._plane = Plane(
             options=options,
             directory=self._directory,
-            upstreams=Upstreams(keepalive_seconds=options.keepalive_seconds),
+            upstreams=upstreams,
             router=Router(rng),
             retries=RetryBudget(),
-            rooms=WaitingRooms(),
-            limits=Limits(),
-            usage=Usage(),
+            rooms=self._rooms,
+            limits=self._limits,
+            usage=self._usage,
             metrics=metrics,
             log=AccessLog(),
         )
         self.protocol = partial(ClientConnection, plane=self._plane)
+        """What uvicorn shall make of each connection: its `http`."""
         metrics.directory_age_seconds.set_function(self._directory.age_seconds)
+
+    def _weight_of(self, tenant: str) -> float:
+        snapshot = self._directory.snapshot
+        limits = None if snapshot is None else snapshot.tenants.get(tenant)
+        return 1.0 if limits is None else limits.weight
 
     @property
     def in_flight(self) -> Counter[str]:
@@ -95,15 +119,23 @@ class Proxy:
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
         async with asyncio.TaskGroup() as tasks:
-            first = tasks.create_task(self._directory.refresh())
+            first = tasks.create_task(self._read_first())
             await asyncio.wait([first], timeout=_FIRST_READ_SECONDS)
-            background = [first, *map(tasks.create_task, (self._directory.run(), self._tick()))]
+            duties = (self._directory.run, self._limits.run, self._usage.run, self._pressure.run, self._tick)
+            background = [first, *(tasks.create_task(duty()) for duty in duties)]
             await send({"type": "lifespan.startup.complete"})
             await receive()
             for task in background:
                 task.cancel()
         self._plane.upstreams.close()
+        await self._pressure.close()
+        await self._limits.close()
+        await self._usage.close()
         await send({"type": "lifespan.shutdown.complete"})
+
+    async def _read_first(self) -> None:
+        if await self._directory.refresh():
+            await self._limits.exchange()  # how much of the month is spent
 
     async def _tick(self) -> None:
         while True:
@@ -112,8 +144,10 @@ class Proxy:
 
     def _follow(self, snapshot: Snapshot) -> None:
         upstreams = self._plane.upstreams.follow(snapshot.endpoints)
-        self._plane.router.follow(upstreams, snapshot.routing, utc_now(), time.monotonic())
-        self._plane.rooms.follow(snapshot, self._plane.now)
+        now = time.monotonic()
+        self._plane.router.follow(upstreams, snapshot.routing, utc_now(), now)
+        self._limits.follow(snapshot.tenants, now)
+        self._rooms.follow(snapshot, now)
 
     # --- answers ------------------------------------------------------------------------------------------
 
@@ -148,13 +182,10 @@ class Proxy:
             credential_of(header(headers, b"authorization"), header(headers, b"x-api-key")), snapshot.keys
         )
         answer.tenant = key.tenant
-        usable = {model.model: model for model in snapshot.models.values() if may_use(key, model.model)}
-        if scope["path"] == "/v1/models":
-            return _json({"object": "list", "data": [_shown(model, snapshot) for model in usable.values()]})
-        name = scope["path"].removeprefix("/v1/models/")
-        if name not in usable:
-            raise model_not_found(name)
-        return _json(_shown(usable[name], snapshot))
+        path: str = scope["path"]
+        if path == "/v1/models":
+            return model_list(snapshot, key, utc_now())
+        return one_model(path.removeprefix("/v1/models/"), snapshot, key, utc_now())
 
     def _readiness(self) -> tuple[int, bytes]:
         problem = self._directory.problem()

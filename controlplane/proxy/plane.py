@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 from controlplane.core.retry_budget import RetryBudget
 from controlplane.proxy import wire
 from controlplane.proxy.directory import Directory
+from controlplane.proxy.limits import Limits
 from controlplane.proxy.options import ProxyOptions
 from controlplane.proxy.routing import Router
 from controlplane.proxy.upstreams import Upstream, Upstreams
+from controlplane.proxy.usage import Usage
+from controlplane.proxy.waiting import WaitingRooms
 
 if TYPE_CHECKING:
     from controlplane.proxy.protocol import ClientConnection

@@ -350,6 +350,9 @@ class Upstreams:
                 counts[upstream.url] += upstream.in_flight
         return counts
 
+    def in_flight_of(self, url: str) -> int:
+        return sum(upstream.in_flight for upstream in self._all() if upstream.url == url)
+
     def connections(self) -> tuple[int, int]:
         """How many connections are idle, and how many are busy."""
         return sum(one.idle for one in self._known.values()), sum(one.in_flight for one in self._all())
