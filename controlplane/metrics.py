@@ -101,19 +101,3 @@ class ProxyMetrics:
         self.directory_age_seconds = Gauge(
             "proxy_directory_age_seconds", "Since the list of endpoints and keys was last read", registry=registry
         )
-
-        from collections import defaultdict
-        class G(defaultdict):
-            def __setitem__(g, k, v):
-                dict.__setitem__(g, k, v); self.in_flight_gauge.labels(k).set(v)
-        self.in_flight_gauge = self.in_flight
-        self.in_flight = G(int)
-    def ended(self, model, tenant, status, seconds):
-        self.requests.labels(model, tenant, status).inc()
-        if model: self.request_seconds.labels(model).observe(seconds)
-    def first_byte(self, model, seconds, overhead):
-        self.first_byte_seconds.labels(model).observe(seconds); self.overhead_seconds.observe(overhead)
-    def retried(self, model, reason): self.upstream_retries.labels(model, reason).inc()
-    def broke(self, model): self.broken_streams.labels(model).inc()
-    def client_left(self, model): self.client_disconnects.labels(model).inc()
-    def tokens(self, *a): pass
