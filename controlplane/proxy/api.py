@@ -4,7 +4,8 @@ A request with a prompt: who asks (`auth`), read the body, which model, may the 
 (`directory`), pass it on (`forward`). Models are listed from memory. This is a plain ASGI application: a framework's
 request and response objects would cost as much as all of the above.
 
-States: `/ready` is 503 until the directory was read once, and from then on 200, `degraded` while it cannot be read.
+States: `/ready` is 503 until the directory was read once, and from then on 200, `degraded` while it cannot be read,
+until the process stops.
 Failures answer in OpenAI's shape (`errors`); each is one line in the log, without prompt or key.
 """
 
@@ -13,18 +14,18 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from random import Random
 from types import MappingProxyType
 
-from loguru import logger
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import Receive, Scope, Send
 
 from controlplane.clock import utc_now
 from controlplane.core.types import ApiKey, RoutableEndpoint, ServedModel
 from controlplane.db import Database
-from controlplane.metrics import ProxyMetrics
+from controlplane.metrics import ProxyMetrics, exposition
+from controlplane.proxy.access_log import AccessLog
 from controlplane.proxy.auth import authenticate, may_use
 from controlplane.proxy.directory import Directory, ModelState, Snapshot, retry_after_seconds, seconds_to_ready
 from controlplane.proxy.errors import (
@@ -35,6 +36,7 @@ from controlplane.proxy.errors import (
     model_paused,
     model_starting,
     nothing_known_yet,
+    numbers_unknown,
     unknown_route,
 )
 from controlplane.proxy.forward import Exchange, Forwarder
@@ -62,19 +64,38 @@ _FIRST_READ_SECONDS = 1.0  # so that the first request finds something; without 
 _LONGEST_PAUSE_WORTH_WAITING_FOR_SECONDS = 60
 
 
-def create_app(db: Database, options: ProxyOptions, metrics: ProxyMetrics, *, rng: Random | None = None) -> Proxy:
-    """The data plane as an ASGI application. The caller opens and closes the database; lifespan does the rest."""
-    return Proxy(db, options, metrics, rng or Random())  # noqa: S311 - breaks ties, keeps no secret
+Scrape = Callable[[], Awaitable[bytes | None]]
+"""Prometheus' text of all processes that serve this port; None: whoever adds them up does not answer."""
+
+
+def create_app(
+    db: Database,
+    options: ProxyOptions,
+    metrics: ProxyMetrics,
+    *,
+    scrape: Scrape | None = None,
+    rng: Random | None = None,
+) -> Proxy:
+    """The data plane as an ASGI application. The caller opens and closes the database; lifespan does the rest.
+
+    Without `scrape` this process is the only one that serves the port.
+    """
+    return Proxy(db, options, metrics, scrape, rng or Random())  # noqa: S311 - breaks ties, keeps no secret
 
 
 class Proxy:
-    def __init__(self, db: Database, options: ProxyOptions, metrics: ProxyMetrics, rng: Random) -> None:
+    def __init__(
+        self, db: Database, options: ProxyOptions, metrics: ProxyMetrics, scrape: Scrape | None, rng: Random
+    ) -> None:
         self._options = options
         self._metrics = metrics
+        self._scrape = scrape
         self._upstreams = Upstreams(keepalive_seconds=options.keepalive_seconds, avoid_seconds=options.avoid_seconds)
         self._directory = Directory(db, refresh_seconds=options.refresh_seconds, on_read=self._follow)
         self._forwarder = Forwarder(options, self._upstreams, rng)
-        metrics.directory_age_seconds.set_function(self._directory.age_seconds)
+        self._access_log = AccessLog(options.access_log_sample, rng)
+        self._is_stopping = False
+        metrics.directory_age_seconds = self._directory.age_seconds
 
     @property
     def in_flight(self) -> MappingProxyType[str, int]:
@@ -91,6 +112,10 @@ class Proxy:
 
     # --- life ---------------------------------------------------------------------------------------------
 
+    def stop_soon(self) -> None:
+        """From now on `/ready` is 503; requests are answered as before, until lifespan ends."""
+        self._is_stopping = True
+
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
         async with asyncio.TaskGroup() as tasks:
@@ -102,6 +127,7 @@ class Proxy:
             for task in background:
                 task.cancel()
         await self._upstreams.close()
+        self._access_log.close()
         await send({"type": "lifespan.shutdown.complete"})
 
     def _follow(self, snapshot: Snapshot) -> None:
@@ -135,12 +161,11 @@ class Proxy:
         model = model_of(body)
         self._check_route(call, key, model)
         request = ClientRequest(scope["path"].encode(), scope["query_string"], headers, body, call.request_id)
-        in_flight = self._metrics.in_flight.labels(model)
-        in_flight.inc()
+        self._metrics.in_flight[model] += 1
         try:
             await self._forwarder.forward(request, lambda: self._routable(model), call.exchange, receive, send)
         finally:
-            in_flight.dec()
+            self._metrics.in_flight[model] -= 1
 
     def _admit(self, call: _Call, scope: Scope) -> tuple[Snapshot, ApiKey]:
         snapshot = self._directory.snapshot
@@ -193,12 +218,12 @@ class Proxy:
     async def _serve_operators(self, scope: Scope, send: Send) -> None:
         request_id = request_id_of(scope["headers"])
         try:
-            status, body, content_type = self._operators_answer(scope)
+            status, body, content_type = await self._operators_answer(scope)
             await _respond(send, status, body, content_type=content_type, request_id=request_id)
         except ApiError as error:
             await _respond(send, error.status, error.body(), headers=error.headers, request_id=request_id)
 
-    def _operators_answer(self, scope: Scope) -> tuple[int, bytes, bytes]:
+    async def _operators_answer(self, scope: Scope) -> tuple[int, bytes, bytes]:
         match scope["path"]:
             case "/health":
                 _allow(scope, "GET", "HEAD")
@@ -208,11 +233,21 @@ class Proxy:
                 return *self._readiness(), _JSON
             case "/metrics":
                 _allow(scope, "GET", "HEAD")
-                return 200, generate_latest(self._metrics.registry), CONTENT_TYPE_LATEST.encode()
+                return 200, await self._metrics_text(), CONTENT_TYPE_LATEST.encode()
             case path:
                 raise unknown_route(scope["method"], path)
 
+    async def _metrics_text(self) -> bytes:
+        if self._scrape is None:  # in a thread: with many models and tenants it takes longer than a stream should wait
+            return await asyncio.to_thread(exposition, self._metrics.snapshot())
+        text = await self._scrape()
+        if text is None:
+            raise numbers_unknown()
+        return text
+
     def _readiness(self) -> tuple[int, bytes]:
+        if self._is_stopping:
+            return 503, _json({"status": "stopping", "message": "This process ends once its answers are given."})
         problem = self._directory.problem()
         if self._directory.snapshot is None:
             return 503, _json({"status": "unready", "message": problem})
@@ -225,31 +260,20 @@ class Proxy:
     def _record(self, call: _Call) -> None:
         """Metrics, and one line for the log. Only models that exist become label values; others count under ""."""
         exchange, metrics, now = call.exchange, self._metrics, time.monotonic()
-        metrics.requests.labels(call.model, call.tenant, exchange.status).inc()
+        seconds = now - call.started_at
+        metrics.ended(call.model, call.tenant, exchange.status, seconds)
         for failure in exchange.retries:
-            metrics.upstream_retries.labels(call.model, failure.value).inc()
+            metrics.retried(call.model, failure.value)
         if exchange.client_left:
-            metrics.client_disconnects.labels(call.model).inc()
-        if call.model:
-            metrics.request_seconds.labels(call.model).observe(now - call.started_at)
+            metrics.client_left(call.model)
         is_broken = exchange.failure is not None and exchange.first_byte_at is not None
         if is_broken:
-            metrics.broken_streams.labels(call.model).inc()
+            metrics.broke(call.model)
         if exchange.first_byte_at is not None:
-            metrics.first_byte_seconds.labels(call.model).observe(exchange.first_byte_at - call.started_at)
-            metrics.overhead_seconds.observe(
-                max(0.0, exchange.first_byte_at - call.received_at - exchange.waited_seconds)
-            )
-        if is_broken or (exchange.status >= 500 and not exchange.client_left):
-            level = "WARNING"
-        elif exchange.status >= 400 and not exchange.client_left:
-            level = "INFO"
-        else:
-            level = "DEBUG"
-        logger.log(
-            level,
-            "request failed" if level != "DEBUG" else "request ended",
-            request_id=call.request_id.decode(),
+            overhead_seconds = max(0.0, exchange.first_byte_at - call.received_at - exchange.waited_seconds)
+            metrics.first_byte(call.model, exchange.first_byte_at - call.started_at, overhead_seconds)
+        self._access_log.write(
+            request_id=call.request_id,
             tenant=call.tenant,
             model=call.model,
             status=exchange.status,
@@ -257,8 +281,10 @@ class Proxy:
             upstream=exchange.upstream,
             failure=exchange.failure and exchange.failure.value,
             retries=len(exchange.retries),
+            is_broken=is_broken,
             client_left=exchange.client_left,
-            seconds=round(now - call.started_at, 3),
+            seconds=seconds,
+            now=now,
         )
 
 

@@ -16,3 +16,4 @@ class ProxyOptions:
     idle_timeout_seconds: float = 300.0  # between two pieces of an answer: an engine that hangs says nothing at all
     keepalive_seconds: float = 4.0  # of an idle upstream connection; vLLM closes its end after 5 s
     avoid_seconds: float = 1.0  # how long an endpoint that could not be reached is used only if there is no other
+    access_log_sample: float = 0.0  # of requests that went well, how large a share is logged: 0 to 1
