@@ -10,6 +10,7 @@ import os
 import secrets
 import socket
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from datetime import timedelta
 from enum import StrEnum
 from random import SystemRandom
@@ -35,13 +36,15 @@ from controlplane.reconcile.pauses import PauseLoop, PauseOptions
 from controlplane.reconcile.probe import ProbeLimits
 from controlplane.reconcile.replicas import ReplicaLoop, ReplicaOptions
 from controlplane.reconcile.staleness import StalenessLoop, StalenessOptions
-from controlplane.servers import Duty, Server, run_until_stopped
+from controlplane.servers import Duty, Server, Service, run_until_stopped
 from controlplane.settings import Settings
 from controlplane.slurm.client import SlurmClient, SlurmOptions
 from controlplane.slurm.script import ScriptOptions
 from controlplane.slurm.tokens import MintedToken, StaticToken, TokenCommand, TokenFile, TokenSource
+from controlplane.workers import Link, Supervisor
 
 _RETRY_SECONDS = 1.0
+_WORKER_CONNECTIONS = 4
 _READ_TIME = timedelta(seconds=2)  # how long a proxy's full read may take
 
 
@@ -51,17 +54,27 @@ class Role(StrEnum):
     PROXY = "proxy"
 
 
-def serve(settings: Settings, role: Role) -> int:
-    """Serve until a signal says to stop; returns the process's exit code. Raises CannotListen."""
+def serve(settings: Settings, role: Role, *, workers: int = 1) -> int:
+    """Serve until a signal says to stop; returns the process's exit code. Raises CannotListen.
+
+    With more than one worker the proxy is served by processes of its own, which this one supervises.
+    """
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve(settings, role))
+        return runner.run(_serve(settings, role, workers))
 
 
-async def _serve(settings: Settings, role: Role) -> int:
+def serve_worker(settings: Settings, listening: socket.socket, channel: socket.socket) -> int:
+    """Serve the proxy as one of several processes; returns the process's exit code."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve_worker(settings, listening, channel))
+
+
+async def _serve(settings: Settings, role: Role, workers: int) -> int:
+    supervisor = None
     async with AsyncExitStack() as stack:
         db = await stack.enter_async_context(Database(database_options(settings)))
         database = DatabaseWatch(db)
-        servers: list[Server] = []
+        services: list[Service] = []
         duties: list[Duty] = [database.run]
         if role is not Role.PROXY:
             metrics = ControlPlaneMetrics(CollectorRegistry())
@@ -72,11 +85,33 @@ async def _serve(settings: Settings, role: Role) -> int:
                 await stack.enter_async_context(slurm)
                 watch = SlurmWatch(slurm, metrics)
                 duties.append(watch.run)
-            servers.append(_control_server(settings, db, metrics, watch))
+            services.append(_control_server(settings, db, metrics, watch))
             duties.append(lambda: _reconcile(settings, db, database, slurm, http, metrics))
-        if role is not Role.CONTROL:
-            servers.append(_proxy_server(settings, db))
-        return await run_until_stopped(servers, duties)
+        if role is not Role.CONTROL and workers > 1:
+            supervisor = Supervisor(
+                host=settings.proxy.host,
+                port=settings.proxy.port,
+                count=workers,
+                drain_timeout_seconds=settings.proxy.drain_timeout_seconds,
+            )
+            services.append(supervisor)
+        elif role is not Role.CONTROL:
+            services.append(_proxy_server(settings, db, ProxyMetrics()))
+        code = await run_until_stopped(services, duties)
+    return code if supervisor is None or supervisor.is_clean else code or 1
+
+
+async def _serve_worker(settings: Settings, listening: socket.socket, channel: socket.socket) -> int:
+    metrics = ProxyMetrics()
+    link = await Link.over(channel, metrics.snapshot)
+    async with asyncio.TaskGroup() as tasks:
+        linked = tasks.create_task(link.run())
+        async with Database(worker_database_options(settings)) as db:
+            server = _proxy_server(settings, db, metrics, listening, link)
+            code = await run_until_stopped([server], [], told_to_stop=link.told_to_stop)
+        linked.cancel()
+    await link.close()
+    return code
 
 
 def _control_server(settings: Settings, db: Database, metrics: ControlPlaneMetrics, watch: SlurmWatch | None) -> Server:
@@ -90,16 +125,34 @@ def _control_server(settings: Settings, db: Database, metrics: ControlPlaneMetri
     )
 
 
-def _proxy_server(settings: Settings, db: Database) -> Server:
-    app = proxy.create_app(db, proxy_options(settings), ProxyMetrics(CollectorRegistry()))
-    return Server(
+def _proxy_server(
+    settings: Settings,
+    db: Database,
+    metrics: ProxyMetrics,
+    listening: socket.socket | None = None,
+    link: Link | None = None,
+) -> Server:
+    """On an address of its own; a worker is given a socket that listens, and a link to its supervisor."""
+    scrape = None if link is None else link.total
+    data_plane = proxy.create_app(db, proxy_options(settings), metrics, scrape=scrape)
+
+    def on_stop() -> None:
+        data_plane.stop_soon()
+        if link is not None:
+            link.stops()
+
+    server = Server(
         "proxy",
-        app,
+        data_plane,
         host=settings.proxy.host,
         port=settings.proxy.port,
         drain_timeout_seconds=settings.proxy.drain_timeout_seconds,
-        protocol=app.protocol,
+        listening=listening,
+        on_stop=on_stop,
+        protocol=data_plane.protocol,
     )
+    metrics.open_connections = lambda: len(server.server_state.connections)
+    return server
 
 
 async def _reconcile(
@@ -156,6 +209,12 @@ def database_options(settings: Settings) -> DatabaseOptions:
     )
 
 
+def worker_database_options(settings: Settings) -> DatabaseOptions:
+    """A worker reads its directory, listens and writes usage: a few connections do, and there are many workers."""
+    options = database_options(settings)
+    return replace(options, max_connections=min(options.max_connections, _WORKER_CONNECTIONS))
+
+
 def web_options(settings: Settings) -> web.WebOptions:
     webhook = settings.webhook
     return web.WebOptions(
@@ -189,6 +248,7 @@ def proxy_options(settings: Settings) -> proxy.ProxyOptions:
             max_waiting_per_model=chosen.max_waiting_per_model,
             max_waiting_per_tenant=chosen.max_waiting_per_tenant,
         ),
+        access_log_sample=chosen.access_log_sample,
     )
 
 

@@ -86,19 +86,31 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and sa
     epilog="[bold]Example[/]\n\nCONTROLPLANE_LOG__FORMAT=text controlplane serve --role proxy",
 )
 def serve(
-    role: Annotated[Role, typer.Option(help="The control plane, the proxy, or both in one process.")] = "all",
+    role: Annotated[Role, typer.Option(help="The control plane, the proxy, or both.")] = "all",
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=128,
+            help="Processes that serve the proxy's port; else CONTROLPLANE_PROXY__WORKERS says how many.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Serve until stopped.
 
     Starts even while PostgreSQL or slurmrestd is away: the log and /ready say so, and it goes on when they are back.
-    SIGTERM or Ctrl-C lets answers under way finish; a second one ends them.
+    SIGTERM or Ctrl-C lets answers under way finish; a second one ends them. With more workers than one the proxy is
+    served by processes of its own, which are replaced when they end.
     """
+    if workers is not None and role == "control":
+        raise typer.BadParameter("the control plane is one process", param_hint="--workers")
     settings = load_settings()
     from controlplane import app, logs, servers
 
     logs.configure(level=settings.log.level, form=settings.log.format)
     try:
-        code = app.serve(settings, app.Role(role))
+        code = app.serve(settings, app.Role(role), workers=workers or settings.proxy.workers)
     except servers.CannotListen as error:
         fail(f"{error}; free it, or choose another with CONTROLPLANE_WEB__PORT or CONTROLPLANE_PROXY__PORT")
     raise typer.Exit(code)

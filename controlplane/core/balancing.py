@@ -227,10 +227,10 @@ class _Seat(Generic[C]):
 def may_retry(failure: Failure, before: Collection[Failure] = (), *, is_repeatable: bool = True) -> bool:
     """Whether the same request may be sent to another endpoint; `before`: the failures that it was sent again for.
 
-    Always where certainly none of it was received. Where the engine failed, or its connection ended without a byte of an
-    answer, generation ends with it, and OpenAI's own clients would ask again: once, because a request that kills engines
-    must not be handed round; and not if the upstream may keep something of it (`is_repeatable`). One that is late is
-    being worked on.
+    Always where certainly none of it was received. Where the engine failed, or its connection ended without a byte of
+    an answer, generation ends with it, and OpenAI's own clients would ask again: once, because a request that kills
+    engines must not be handed round; and not if the upstream may keep something of it (`is_repeatable`). One that is
+    late is being worked on.
     """
     if failure in _NOTHING_WAS_SENT:
         return True

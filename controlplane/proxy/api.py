@@ -1,10 +1,10 @@
 """The data plane as uvicorn runs it: an HTTP protocol for what carries prompts, and an ASGI application for the rest.
 
-Reading order: `protocol` (a client's connection), `call` (one request), `upstreams` (connections to endpoints). Here are
-the model lists, what operators ask, and the life of what all requests share. Models are listed from memory.
+Reading order: `protocol` (a client's connection), `call` (one request), `upstreams` (connections to endpoints). Here
+are the model lists, what operators ask, and the life of what all requests share. Models are listed from memory.
 
-States: `/ready` is 503 until the directory was read once, and from then on 200, `degraded` while it cannot be read.
-Failures answer in OpenAI's shape (`errors`).
+States: `/ready` is 503 until the directory was read once, and from then on 200, `degraded` while it cannot be read,
+until the process stops. Failures answer in OpenAI's shape (`errors`).
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ import secrets
 import socket
 import time
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from functools import partial
 from random import Random
 
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import Receive, Scope, Send
 
 from controlplane.clock import utc_now
 from controlplane.core.retry_budget import RetryBudget
 from controlplane.db import Database
-from controlplane.metrics import ProxyMetrics
-from controlplane.proxy._stubs import AccessLog
+from controlplane.metrics import ProxyMetrics, exposition
+from controlplane.proxy.access_log import AccessLog
 from controlplane.proxy.auth import authenticate, credential_of
 from controlplane.proxy.directory import Directory, Snapshot
 from controlplane.proxy.errors import (
@@ -34,6 +35,7 @@ from controlplane.proxy.errors import (
     Headers,
     method_not_allowed,
     nothing_known_yet,
+    numbers_unknown,
     unknown_route,
 )
 from controlplane.proxy.limits import Limits
@@ -52,17 +54,35 @@ _JSON = b"application/json"
 _FIRST_READ_SECONDS = 1.0  # so that the first request finds something; without PostgreSQL we start all the same
 
 
-def create_app(db: Database, options: ProxyOptions, metrics: ProxyMetrics, *, rng: Random | None = None) -> Proxy:
-    """The data plane. The caller opens and closes the database, and gives `Proxy.protocol` to uvicorn as `http`."""
-    return Proxy(db, options, metrics, rng or Random())  # noqa: S311 - breaks ties, keeps no secret
+Scrape = Callable[[], Awaitable[bytes | None]]
+"""Prometheus' text of all processes that serve this port; None: whoever adds them up does not answer."""
+
+
+def create_app(
+    db: Database,
+    options: ProxyOptions,
+    metrics: ProxyMetrics,
+    *,
+    scrape: Scrape | None = None,
+    rng: Random | None = None,
+) -> Proxy:
+    """The data plane. The caller opens and closes the database, and gives `Proxy.protocol` to uvicorn as `http`.
+
+    Without `scrape` this process is the only one that serves the port.
+    """
+    return Proxy(db, options, metrics, scrape, rng or Random())  # noqa: S311 - breaks ties, keeps no secret
 
 
 class Proxy:
-    def __init__(self, db: Database, options: ProxyOptions, metrics: ProxyMetrics, rng: Random) -> None:
+    def __init__(
+        self, db: Database, options: ProxyOptions, metrics: ProxyMetrics, scrape: Scrape | None, rng: Random
+    ) -> None:
         # names this process among all of all hosts, for ever: what it told the database is told from others' by it
         worker = f"{socket.gethostname()}/{os.getpid()}/{secrets.token_hex(4)}"
         self._options = options
         self._metrics = metrics
+        self._scrape = scrape
+        self._is_stopping = False
         self._directory = Directory(db, refresh_seconds=options.refresh_seconds, on_read=self._follow)
         self._usage = Usage(db, worker)
         self._limits = Limits(db, worker, tally=self._usage.tally, expected_workers=options.workers)
@@ -74,6 +94,7 @@ class Proxy:
             weight_of=self._weight_of,
         )
         self._pressure = HeldPressure(db, self._rooms, worker=worker)
+        self._access_log = AccessLog(options.access_log_sample, rng)
         self._plane = Plane(
             options=options,
             directory=self._directory,
@@ -84,11 +105,15 @@ class Proxy:
             limits=self._limits,
             usage=self._usage,
             metrics=metrics,
-            log=AccessLog(),
+            log=self._access_log,
         )
         self.protocol = partial(ClientConnection, plane=self._plane)
         """What uvicorn shall make of each connection: its `http`."""
-        metrics.directory_age_seconds.set_function(self._directory.age_seconds)
+        metrics.directory_age_seconds = self._directory.age_seconds
+        metrics.held_requests = lambda: {**self._rooms.queued, **self._rooms.held}
+        metrics.limited_requests = lambda: self._limits.refused
+        metrics.usage_lost = lambda: {"requests": self._usage.lost_requests, "tokens": self._usage.lost_tokens}
+        metrics.upstream_connections = upstreams.connections
 
     def _weight_of(self, tenant: str) -> float:
         snapshot = self._directory.snapshot
@@ -106,7 +131,7 @@ class Proxy:
             return
         answer = _Answer(scope)
         try:
-            self._answer(scope, answer)
+            await self._answer(scope, answer)
         except ApiError as error:
             answer.status, answer.body, answer.content_type = error.status, error.body(), _JSON
             answer.headers = error.headers
@@ -115,6 +140,10 @@ class Proxy:
             self._metrics.ended("", answer.tenant, answer.status, time.monotonic() - answer.started_at)
 
     # --- life ---------------------------------------------------------------------------------------------
+
+    def stop_soon(self) -> None:
+        """From now on `/ready` is 503; requests are answered as before, until lifespan ends."""
+        self._is_stopping = True
 
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
@@ -131,6 +160,7 @@ class Proxy:
         await self._pressure.close()
         await self._limits.close()
         await self._usage.close()
+        self._access_log.close()
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _read_first(self) -> None:
@@ -151,7 +181,7 @@ class Proxy:
 
     # --- answers ------------------------------------------------------------------------------------------
 
-    def _answer(self, scope: Scope, answer: _Answer) -> None:
+    async def _answer(self, scope: Scope, answer: _Answer) -> None:
         """Raises ApiError."""
         match scope["path"]:
             case "/health":
@@ -162,7 +192,7 @@ class Proxy:
                 answer.status, answer.body = self._readiness()
             case "/metrics":
                 _allow(scope, "GET", "HEAD")
-                answer.body = generate_latest(self._metrics.registry)
+                answer.body = await self._metrics_text()
                 answer.content_type = CONTENT_TYPE_LATEST.encode()
             case path if path == "/v1/models" or (path.startswith("/v1/models/") and path != "/v1/models/"):
                 _allow(scope, "GET", "HEAD")
@@ -187,7 +217,17 @@ class Proxy:
             return model_list(snapshot, key, utc_now())
         return one_model(path.removeprefix("/v1/models/"), snapshot, key, utc_now())
 
+    async def _metrics_text(self) -> bytes:
+        if self._scrape is None:  # in a thread: with many models and tenants it takes longer than a stream should wait
+            return await asyncio.to_thread(exposition, self._metrics.snapshot())
+        text = await self._scrape()
+        if text is None:
+            raise numbers_unknown()
+        return text
+
     def _readiness(self) -> tuple[int, bytes]:
+        if self._is_stopping:
+            return 503, _json({"status": "stopping", "message": "This process ends once its answers are given."})
         problem = self._directory.problem()
         if self._directory.snapshot is None:
             return 503, _json({"status": "unready", "message": problem})

@@ -419,7 +419,8 @@ class Call:
         upstream, now = self._upstream, time.monotonic()
         assert upstream is not None
         assert connection is not None
-        if not connection.is_fresh and self._head is None and now - self._sent_at < _STALE_SECONDS and upstream.is_routable:
+        is_stale = not connection.is_fresh and self._head is None and now - self._sent_at < _STALE_SECONDS
+        if is_stale and upstream.is_routable:
             # It had been closed while it was idle, as the others of that time have been.
             upstream.close_idle(math.inf)
             self._connect(upstream, now)
@@ -626,7 +627,20 @@ class Call:
         if self._grant is not None:
             self._grant.settle(tokens.prompt + tokens.completion if tokens.is_known else None, now)
         self._count(tokens, now)
-        plane.log.write(self, now)
+        plane.log.write(
+            request_id=self.request.request_id,
+            tenant=self.tenant,
+            model=self.model,
+            status=self.status,
+            code=self.code,
+            upstream=None if self.endpoint is None else self.endpoint.url,
+            failure=None if self.failure is None else self.failure.value,
+            retries=len(self._retries),
+            is_broken=self.failure is not None and self._first_byte_at > 0.0,
+            client_left=self.has_client_left,
+            seconds=now - self.request.started_at,
+            now=now,
+        )
         self._client.call_ended()
 
     def _tokens(self) -> TokenCount:
@@ -674,18 +688,6 @@ class Call:
             ):
                 if count:
                     metrics.tokens(model, tenant, kind, count)
-
-    # --- what became of it, for the log -------------------------------------------------------------------
-
-    @property
-    def retries(self) -> tuple[Failure, ...]:
-        """Why other endpoints were asked."""
-        return self._retries
-
-    @property
-    def is_broken(self) -> bool:
-        """The answer broke off after it had begun."""
-        return self.failure is not None and self._first_byte_at > 0.0
 
 
 def _of_stream(fields: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:

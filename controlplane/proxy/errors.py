@@ -136,6 +136,11 @@ def nothing_known_yet() -> ApiError:
     )
 
 
+def numbers_unknown() -> ApiError:
+    """A part of the processes' numbers would look like counters that fell, so that a scrape gets none."""
+    return ApiError(503, None, "The numbers of all workers could not be had in time.", kind="server_error")
+
+
 def upstream_error(message: str) -> ApiError:
     return ApiError(502, "upstream_error", message, kind="server_error")
 

@@ -103,7 +103,7 @@ class Limits:
         self._is_busy = False
         self._is_failing = False
         self._shared = _Shared(expected_workers, today().replace(day=1), tally, self._wake)
-        self.refused: Counter[str] = Counter()  # by kind: requests, tokens, concurrent, budget
+        self.refused: Counter[tuple[str, str]] = Counter()  # by tenant and kind: requests, tokens, concurrent, budget
 
     @property
     def workers(self) -> int:
@@ -132,7 +132,7 @@ class Limits:
             return None
         reached = found.reached(now)
         if reached is not None:
-            self.refused[_KINDS[reached]] += 1
+            self.refused[tenant, _KINDS[reached]] += 1
             raise found.refusal(reached, now)
         wanted = DEFAULT_COMPLETION_TOKENS if max_tokens is None else max(0, min(max_tokens, _MOST_COMPLETION_TOKENS))
         estimate = body_bytes // _BYTES_PER_TOKEN + wanted

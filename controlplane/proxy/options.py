@@ -26,7 +26,7 @@ class ProxyOptions:
     idle_timeout_seconds: float = 300.0  # between two pieces of an answer: an engine that hangs says nothing at all
     keepalive_seconds: float = 4.0  # of an idle upstream connection; vLLM closes its end after 5 s
     max_tries: int = 3  # endpoints that one request is sent to, where the first ones cannot be reached
-
+    access_log_sample: float = 0.0  # of requests that went well, how large a share is logged: 0 to 1
     waiting: WaitingOptions = field(default_factory=WaitingOptions)
 
     @property

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from controlplane.core.retry_budget import RetryBudget
+from controlplane.metrics import ProxyMetrics
 from controlplane.proxy import wire
+from controlplane.proxy.access_log import AccessLog
 from controlplane.proxy.directory import Directory
 from controlplane.proxy.limits import Limits
 from controlplane.proxy.options import ProxyOptions

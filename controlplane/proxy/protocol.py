@@ -1,14 +1,14 @@
 """A client's connection: HTTP/1.1 as it comes in, request by request.
 
 The routes of `ROUTES`, which carry prompts, are served here, below ASGI: where the parser has read a request, a `Call`
-begins, and what its upstream says is written to this connection's transport as it comes. A framework's objects and tasks
-would cost more than all that is done for a request. Every other route is handed to the ASGI application, in uvicorn's
-own way.
+begins, and what its upstream says is written to this connection's transport as it comes. A framework's objects and
+tasks would cost more than all that is done for a request. Every other route is handed to the ASGI application, in
+uvicorn's own way.
 
 States: idle, reading a head, reading a body, answering. Requests that come while one is answered are read when their
-turn comes, in order (RFC 9112, 9.3.2). A request that cannot be understood is answered 400, and the connection closed: after
-it nobody can tell where the next one begins. What a client sends beyond a refusal is read and thrown away for a moment,
-because closing at once would take the refusal from it.
+turn comes, in order (RFC 9112, 9.3.2). A request that cannot be understood is answered 400, and the connection closed:
+after it nobody can tell where the next one begins. What a client sends beyond a refusal is read and thrown away for a
+moment, because closing at once would take the refusal from it.
 
 Requests are read strictly, and written anew for the upstream with a length of our own: two readings of the same bytes,
 of which request smuggling lives, cannot arise (RFC 9112, 11.2).

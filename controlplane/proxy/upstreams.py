@@ -353,9 +353,12 @@ class Upstreams:
     def in_flight_of(self, url: str) -> int:
         return sum(upstream.in_flight for upstream in self._all() if upstream.url == url)
 
-    def connections(self) -> tuple[int, int]:
-        """How many connections are idle, and how many are busy."""
-        return sum(one.idle for one in self._known.values()), sum(one.in_flight for one in self._all())
+    def connections(self) -> dict[str, int]:
+        """How many, by what they do."""
+        return {
+            "idle": sum(one.idle for one in self._known.values()),
+            "busy": sum(one.in_flight for one in self._all()),
+        }
 
     def sweep(self, now: float) -> None:
         """Close what has been idle for too long."""

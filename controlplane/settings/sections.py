@@ -24,6 +24,8 @@ from controlplane.settings.forms import (
     Word,
 )
 
+MAX_WORKERS = 128
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
@@ -43,9 +45,12 @@ class WebSettings(Section):
 class ProxySettings(Section):
     host: Word = Field(default="127.0.0.1", description="address that the proxy listens on")
     port: Port = Field(default=8080, description="port of the proxy")
-    workers: Annotated[
-        int, Field(ge=1, le=1), Form("1; to use more cores, run several `controlplane serve --role proxy`")
-    ] = Field(default=1, description="processes that serve the proxy's port; only 1 is supported")
+    workers: Annotated[int, Field(ge=1, le=MAX_WORKERS), Form(f"a number from 1 to {MAX_WORKERS}")] = Field(
+        default=1, description="processes that serve the proxy's port: about one for each core"
+    )
+    access_log_sample: Annotated[float, Field(ge=0, le=1), Form("a share from 0 to 1")] = Field(
+        default=0.0, description="share of the requests that went well that is logged; failures always are"
+    )
     max_body_bytes: Count = Field(default=32 * 1024 * 1024, description="larger requests are refused with 413")
     refresh_seconds: Seconds = Field(
         default=10.0, description="time between two full reads of endpoints and keys; changes are heard of at once"

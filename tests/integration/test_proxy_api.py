@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from controlplane.clock import utc_now
 from controlplane.db import Database, endpoints, replica_sets
+from controlplane.proxy import WaitingOptions
 from tests.integration.proxy_rig import (
     CHAT,
     MODEL,
@@ -211,7 +212,8 @@ async def test_unknown_routes_and_wrong_methods_are_refused_in_openais_shape(db:
 async def test_a_model_without_a_ready_replica_is_503_with_a_retry_after_from_the_estimate(db: Database) -> None:
     await make_scalable(db, "napping")
     await start_measured_replica(db, await make_scalable(db, "timed"), took=timedelta(seconds=45))
-    async with running_proxy(db, key=await make_key(db)) as proxy:
+    options = replace(QUICK, waiting=WaitingOptions(hold_seconds_without_stream=0.1))
+    async with running_proxy(db, options, key=await make_key(db)) as proxy:
         asleep, measured = await proxy.chat(model="napping"), await proxy.chat(model="timed")
     for response in (asleep, measured):
         assert refusal(response) == (503, "model_starting", "service_unavailable_error", None)

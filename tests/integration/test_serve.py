@@ -43,8 +43,11 @@ class Serve:
                 [*CONTROLPLANE, "serve", *arguments], env=self.environment, stdout=log, stderr=subprocess.STDOUT
             )
 
+    def log(self) -> str:
+        return self._log.read_text()
+
     def events(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self._log.read_text().splitlines()]
+        return [json.loads(line) for line in self.log().splitlines()]
 
     def said(self, words: str) -> list[dict[str, Any]]:
         return [event for event in self.events() if words in event["event"]]
@@ -54,7 +57,7 @@ class Serve:
             return httpx.get(f"{url}/ready")
         except httpx.TransportError:
             if self.process.poll() is not None:
-                pytest.fail(f"it has ended: {self._log.read_text()}")
+                pytest.fail(f"it has ended: {self.log()}")
             raise AssertionError("does not listen yet") from None
 
     def wait(self) -> int:
@@ -135,7 +138,7 @@ def chat(stream: bool, max_tokens: int) -> dict[str, Any]:
 def test_wrong_settings_are_all_named_and_nothing_starts() -> None:
     environment = {
         "PATH": os.environ["PATH"],
-        "CONTROLPLANE_PROXY__WORKERS": "2",
+        "CONTROLPLANE_PROXY__WORKERS": "0",
         "CONTROLPLANE_SLURM__TOKEN": "s3cret",
     }
     done = subprocess.run(

@@ -20,7 +20,8 @@ LEAVES = frozenset({"clock", "logs", "metrics"})
 GROUND = frozenset({"core"})
 FIRST = frozenset({"db", "slurm", "specs"})
 SECOND = frozenset({"reconcile", "web", "proxy"})
-ROOF = frozenset({"app", "cli", "demo", "dependencies", "servers", "settings"})  # settings: only the roof may read it
+# settings: only the roof may read it
+ROOF = frozenset({"app", "cli", "demo", "dependencies", "servers", "settings", "workers"})
 BELOW = {
     **dict.fromkeys(LEAVES, frozenset[str]()),
     **dict.fromkeys(GROUND, frozenset[str]()),

@@ -197,8 +197,9 @@ def test_a_token_without_slurm_is_wrong() -> None:
     assert "CONTROLPLANE_SLURM__URL" in faults(CONTROLPLANE_SLURM__TOKEN="t")
 
 
-def test_more_than_one_worker_is_refused_and_the_way_to_have_more_is_named() -> None:
-    assert "serve --role proxy" in faults(CONTROLPLANE_PROXY__WORKERS="2")["CONTROLPLANE_PROXY__WORKERS"]
+@pytest.mark.parametrize("count", ["0", "129", "many"])
+def test_a_number_of_workers_that_makes_no_sense_is_refused(count: str) -> None:
+    assert "from 1 to 128" in faults(CONTROLPLANE_PROXY__WORKERS=count)["CONTROLPLANE_PROXY__WORKERS"]
 
 
 # --- what the rooms are given ----------------------------------------------------------------------------
