@@ -21,7 +21,6 @@ import time
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from controlplane.clock import utc_now
 from controlplane.core.balancing import Failure, may_retry
 from controlplane.core.types import ApiKey, RoutableEndpoint
 from controlplane.proxy import wire
@@ -88,6 +87,10 @@ class Phase(Enum):
     OVER = auto()
 
 
+# asked for at every piece of every stream, where an attribute of the class would be looked up
+_ADMITTED, _WAITING, _CONNECTING, _ASKED, _ANSWERING, _OVER = Phase
+
+
 class Call:
     __slots__ = (
         "_asked",
@@ -140,7 +143,7 @@ class Call:
         self.failure: Failure | None = None
         self.has_client_left = False
         self.endpoint: RoutableEndpoint | None = None  # the last one tried
-        self._phase = Phase.ADMITTED
+        self._phase = _ADMITTED
         self._asked: Asked
         self._body = request.body
         self._grant: Grant | None = None
@@ -200,7 +203,7 @@ class Call:
         if rooms.enter(self.model, self.tenant):
             self._take_turn(now)
             return
-        self._phase = Phase.WAITING
+        self._phase = _WAITING
         self._waiting = rooms.wait(
             self.model, self.tenant, self._let_in, self._turned_away, now, is_stream=self._asked.stream
         )
@@ -254,7 +257,7 @@ class Call:
             self._connect(upstream, now)
 
     def _connect(self, upstream: Upstream, now: float) -> None:
-        self._phase = Phase.CONNECTING
+        self._phase = _CONNECTING
         self._connecting = upstream.connect(self)
         self._breaks_at = now + self._plane.options.connect_timeout_seconds
         self._await_silence(now)
@@ -269,7 +272,7 @@ class Call:
 
     def _ask(self, connection: UpstreamConnection, now: float) -> None:
         request, upstream, body = self.request, connection.upstream, self._body
-        self._phase = Phase.ASKED
+        self._phase = _ASKED
         self._connection = connection
         self._sent_at = now
         connection.send(
@@ -302,7 +305,7 @@ class Call:
 
     def body_came(self, piece: bytes) -> None:
         now = self._heard_at = self._plane.now
-        if self._phase is not Phase.ANSWERING:
+        if self._phase is not _ANSWERING:
             self._first_piece(piece)
             return
         self._client.deadline = now + self._patience
@@ -318,7 +321,7 @@ class Call:
     def answer_ended(self, last: bytes) -> None:
         """The answer is whole; `last` is what of it was not told yet."""
         self._connection = None  # it may serve somebody else by now
-        if self._phase is not Phase.ANSWERING:
+        if self._phase is not _ANSWERING:
             if not self._answer_began(last, is_whole=True):
                 return
             last = b""
@@ -364,7 +367,7 @@ class Call:
             upstream.breaker.failed(now)
         else:
             upstream.breaker.succeeded(now)
-        self._phase = Phase.ANSWERING
+        self._phase = _ANSWERING
         options = self._plane.options
         self._patience = options.idle_timeout_seconds
         if events is not None:
@@ -413,7 +416,7 @@ class Call:
     def upstream_lost(self) -> None:
         """The connection ended before the answer did."""
         connection, self._connection = self._connection, None
-        if self._phase is Phase.ANSWERING:
+        if self._phase is _ANSWERING:
             self._break_off(Failure.BROKEN)
             return
         upstream, now = self._upstream, time.monotonic()
@@ -541,11 +544,11 @@ class Call:
         """The client's deadline, which is this call's while there is one."""
         if self._client.is_full:
             self._client.abort()  # it reads nothing
-        elif self._phase is Phase.ANSWERING and now - self._heard_at >= self._plane.options.idle_timeout_seconds:
+        elif self._phase is _ANSWERING and now - self._heard_at >= self._plane.options.idle_timeout_seconds:
             self._break_off(Failure.BROKEN)
-        elif self._phase is Phase.CONNECTING and now >= self._breaks_at:
+        elif self._phase is _CONNECTING and now >= self._breaks_at:
             self._failed(Failure.CONNECT_TIMEOUT)
-        elif self._phase is Phase.ASKED and now >= self._breaks_at:
+        elif self._phase is _ASKED and now >= self._breaks_at:
             self._fail(Failure.LATE)
         else:
             self._comment(now)
@@ -561,7 +564,7 @@ class Call:
     def _comment(self, now: float) -> None:
         """Tell the client, and what is between, that the stream lives. From now on it is one, whatever comes."""
         client = self._client
-        if self._phase is Phase.ANSWERING:
+        if self._phase is _ANSWERING:
             self._breaks_at = self._heard_at + self._plane.options.idle_timeout_seconds
         elif not self._has_begun:
             self._has_begun = True
@@ -617,7 +620,7 @@ class Call:
         self._plane.rooms.leave(self.model, self.tenant)
 
     def _end(self) -> None:
-        self._phase = Phase.OVER
+        self._phase = _OVER
         plane, upstream, now = self._plane, self._upstream, time.monotonic()
         if upstream is not None:
             upstream.in_flight -= 1
@@ -627,7 +630,12 @@ class Call:
         if self._grant is not None:
             self._grant.settle(tokens.prompt + tokens.completion if tokens.is_known else None, now)
         self._count(tokens, now)
-        plane.log.write(
+        if self.status >= 400 or self.failure is not None or not plane.log.is_quiet:
+            self._tell(now)
+        self._client.call_ended()
+
+    def _tell(self, now: float) -> None:
+        self._plane.log.write(
             request_id=self.request.request_id,
             tenant=self.tenant,
             model=self.model,
@@ -641,7 +649,6 @@ class Call:
             seconds=now - self.request.started_at,
             now=now,
         )
-        self._client.call_ended()
 
     def _tokens(self) -> TokenCount:
         if self._events is not None:
@@ -679,15 +686,10 @@ class Call:
                     tokens.completion,
                     tokens.cached,
                     is_aborted,
-                    utc_now().date(),
+                    plane.today,
                 )
-            for kind, count in (
-                ("prompt", tokens.prompt),
-                ("completion", tokens.completion),
-                ("cached", tokens.cached),
-            ):
-                if count:
-                    metrics.tokens(model, tenant, kind, count)
+            if tokens.prompt or tokens.completion:
+                metrics.tokens(model, tenant, tokens.prompt, tokens.completion, tokens.cached)
 
 
 def _of_stream(fields: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:

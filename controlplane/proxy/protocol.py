@@ -152,6 +152,7 @@ class ClientConnection(asyncio.Protocol):
         "app_state",
         "config",
         "deadline",
+        "is_new",
         "is_full",
         "keeps_alive",
         "loop",
@@ -179,6 +180,7 @@ class ClientConnection(asyncio.Protocol):
         self.write: Callable[[bytes], None]
         self.deadline = math.inf
         self.keeps_alive = True  # after the answer that is given now
+        self.is_new = True  # no request has been read on it: one may be on its way
         self.is_full = False  # the client does not read as fast as we write
         self._flow: FlowControl | None = None
         self._call: Call | None = None
@@ -422,6 +424,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _begin(self, incoming: _Incoming) -> None:
         # a parser that cannot go on: this is the last one, but for those that wait already
+        self.is_new = False
         can_go_on = self._parser is not None or bool(self._queue)
         self.keeps_alive = incoming.keeps_alive and not self._is_stopping and can_go_on
         request, body = incoming.request, incoming.body
