@@ -116,8 +116,9 @@ class Server(uvicorn.Server):
             self.server_state.default_headers = [*headers, _CLOSING]
 
     def _has_newcomers(self) -> bool:
-        """Whether somebody has connected and not been heard yet."""
-        return any(getattr(one, "cycle", one) is None for one in self.server_state.connections)
+        """Whether somebody has connected and not been heard yet: a protocol of ours says so, uvicorn's has no cycle."""
+        connections = self.server_state.connections
+        return any(getattr(one, "is_new", getattr(one, "cycle", one) is None) for one in connections)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
