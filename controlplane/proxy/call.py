@@ -92,93 +92,56 @@ _ADMITTED, _WAITING, _CONNECTING, _ASKED, _ANSWERING, _OVER = Phase
 
 
 class Call:
-    __slots__ = (
-        "_asked",
-        "_body",
-        "_breaks_at",
-        "_client",
-        "_connecting",
-        "_connection",
-        "_events",
-        "_first_byte_at",
-        "_grant",
-        "_has_begun",
-        "_has_place",
-        "_head",
-        "_heard_at",
-        "_hides_usage",
-        "_is_chunked",
-        "_key",
-        "_opening",
-        "_overhead",
-        "_patience",
-        "_phase",
-        "_pieces",
-        "_plane",
-        "_reader",
-        "_retries",
-        "_sent_at",
-        "_tried",
-        "_upstream",
-        "_waiting",
-        "code",
-        "endpoint",
-        "failure",
-        "has_client_left",
-        "model",
-        "request",
-        "status",
-        "tenant",
-    )
+    # What most calls never change is the class's: a request costs less so.
+    code: str | None = None
+    failure: Failure | None = None
+    endpoint: RoutableEndpoint | None = None  # the last one tried
+    has_client_left = False
+    _asked: Asked
+    _grant: Grant | None = None
+    _waiting: Waiting | None = None
+    _has_place = False
+    _tried: tuple[str, ...] = ()
+    _retries: tuple[Failure, ...] = ()
+    _upstream: Upstream | None = None
+    _connecting: asyncio.Task[None] | None = None
+    _connection: UpstreamConnection | None = None
+    _head: Head | None = None
+    _opening = b""  # of a stream whose first event is not whole yet
+    _events: EventReader | None = None
+    _reader: BodyReader | None = None
+    _hides_usage = False
+    _has_begun = False  # something was sent to the client
+    _is_chunked = False
+    _pieces = 0
+    _overhead = 0.0
+    _first_byte_at = 0.0
+    _sent_at = 0.0
+    _heard_at = 0.0
+    _breaks_at = math.inf
+    _patience = 0.0
 
     def __init__(self, plane: Plane, client: ClientConnection, request: Request, key: ApiKey | None) -> None:
         self._plane = plane
         self._client = client
         self.request = request
+        self._body = request.body
         self._key = key
         self.tenant = key.tenant if key is not None else ""
         self.model = ""
         self.status = CLIENT_LEFT
-        self.code: str | None = None
-        self.failure: Failure | None = None
-        self.has_client_left = False
-        self.endpoint: RoutableEndpoint | None = None  # the last one tried
         self._phase = _ADMITTED
-        self._asked: Asked
-        self._body = request.body
-        self._grant: Grant | None = None
-        self._waiting: Waiting | None = None
-        self._has_place = False
-        self._tried: tuple[str, ...] = ()
-        self._retries: tuple[Failure, ...] = ()
-        self._upstream: Upstream | None = None
-        self._connecting: asyncio.Task[None] | None = None
-        self._connection: UpstreamConnection | None = None
-        self._head: Head | None = None
-        self._opening = b""
-        self._events: EventReader | None = None
-        self._reader: BodyReader | None = None
-        self._hides_usage = False
-        self._has_begun = False  # something was sent to the client
-        self._is_chunked = False
-        self._pieces = 0
-        self._overhead = 0.0
-        self._first_byte_at = 0.0
-        self._sent_at = 0.0
-        self._heard_at = 0.0
-        self._breaks_at = math.inf
-        self._patience = 0.0
 
     # --- on its way to an upstream ------------------------------------------------------------------------
 
-    def begin(self) -> None:
+    def begin(self, now: float) -> None:
         """The request is whole. Answers it, or sees to it that it will be."""
         try:
-            self._admit()
+            self._admit(now)
         except ApiError as error:
             self.refuse(error)
 
-    def _admit(self) -> None:
+    def _admit(self, now: float) -> None:
         """Raises ApiError."""
         plane, request, key = self._plane, self.request, self._key
         assert key is not None  # or it would have been refused
@@ -190,7 +153,6 @@ class Call:
         if model not in snapshot.models or not may_use(key, model):
             raise model_not_found(model)
         self.model = model
-        now = time.monotonic()
         self._grant = plane.limits.admit(key.tenant, len(request.body), asked.most_tokens, now)
         if asked.stream and request.path in TELLS_USAGE_IF_ASKED and not asks_for_usage(asked):
             self._hides_usage = True

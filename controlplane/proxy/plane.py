@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from datetime import date
 from dataclasses import dataclass, field
+from datetime import date
 from typing import TYPE_CHECKING
 
 from controlplane.clock import utc_now
@@ -13,6 +13,7 @@ from controlplane.metrics import ProxyMetrics
 from controlplane.proxy import wire
 from controlplane.proxy.access_log import AccessLog
 from controlplane.proxy.directory import Directory
+from controlplane.proxy.heads import KnownHeads
 from controlplane.proxy.limits import Limits
 from controlplane.proxy.options import ProxyOptions
 from controlplane.proxy.routing import Router
@@ -36,6 +37,7 @@ class Plane:
     usage: Usage
     metrics: ProxyMetrics
     log: AccessLog
+    heads: KnownHeads = field(default_factory=KnownHeads)
     connections: set[ClientConnection] = field(default_factory=set)  # clients'
     # Monotonic, and as old as a tick: a deadline is moved at every piece of every stream, and asking the clock each
     # time costs more than all else that is done then.
