@@ -16,6 +16,7 @@ NOT_YET = {
     "trailers": "trailer fields of a chunked request become header fields of what is sent upstream (RFC 9110, 6.5.1)",
     "upgrade": "a request that offers an upgrade (h2c, as `curl --http2` does) is never answered; a body is not read",
     "log of broken connections": "answering a connection that was reset is logged as an exception, with a traceback",
+    "lost before the first byte": "a request whose endpoint died before the first byte gets a 502, not another try",
 }
 
 
