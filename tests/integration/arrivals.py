@@ -17,7 +17,6 @@ from tests.integration.proxy_rig import CHAT, MODEL
 
 WHOLE = "whole"
 CUT = "begun, and cut with an error event"
-_LIMIT_SECONDS = 30.0
 
 
 @dataclass
@@ -26,6 +25,7 @@ class Arrivals:
 
     port: int
     key: str = field(repr=False)
+    limit_seconds: float = 30.0  # of one request
     ended: Counter[str] = field(default_factory=Counter)
 
     async def come(self, per_second: float, until: Callable[[], bool], body: Callable[[int], dict[str, Any]]) -> None:
@@ -40,7 +40,7 @@ class Arrivals:
 
     async def one(self, fields: dict[str, Any]) -> None:
         try:
-            async with asyncio.timeout(_LIMIT_SECONDS):
+            async with asyncio.timeout(self.limit_seconds):
                 answer = await self._answer({"model": MODEL, "messages": [], **fields})
         except (OSError, TimeoutError) as error:
             self.ended[f"{type(error).__name__}: {error}"] += 1

@@ -17,6 +17,8 @@ NOT_YET = {
     "upgrade": "a request that offers an upgrade (h2c, as `curl --http2` does) is never answered; a body is not read",
     "log of broken connections": "answering a connection that was reset is logged as an exception, with a traceback",
     "lost before the first byte": "a request whose endpoint died before the first byte gets a 502, not another try",
+    "hold": "a request for a model with zero replicas is answered 503 at once, and starts none",
+    "fairness": "whoever asks most waits least: nothing is queued in the proxy, and the engine's queue is one for all",
 }
 
 
