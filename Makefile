@@ -10,8 +10,8 @@ SYSTEM_PYTHON = $(shell for python in /usr/bin/python3 python3; do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slurm-matrix sim sim-mutations kill-rounds hand-over bench-webhooks check lock clean \
-	packages python
+.PHONY: help setup demo test test-slurm-matrix sim sim-mutations kill-rounds hand-over bench-webhooks bench-proxy \
+	bench-proxy-peers bench-idle-streams soak check lock clean packages bench-packages python
 
 SEEDS := 1000
 
@@ -35,13 +35,18 @@ sim-mutations: setup ## plant known mistakes in the product, and show that the s
 test-slurm-matrix: setup ## run the tests that talk to Slurm on three releases of it; fetches two from Debian once
 	@$(PYTHON) -m tests.e2e.slurm_matrix
 
-ROUNDS := 100
+ROUNDS :=
 SEED :=
-kill-rounds: setup ## kill the control plane ROUNDS times at random moments; SEED repeats a run
-	@$(PYTHON) -m tests.e2e.kill_rounds --rounds $(ROUNDS) $(if $(SEED),--seed $(SEED))
+kill-rounds: setup ## kill the control plane ROUNDS=100 times at random moments; SEED repeats a run
+	@$(PYTHON) -m tests.e2e.kill_rounds --rounds $(or $(ROUNDS),100) $(if $(SEED),--seed $(SEED))
 
 bench-webhooks: setup ## offer 1,000 webhook posts a second for 10 s, and look for each accepted one in the database
 	@$(PYTHON) -m tests.benchmarks.webhooks
+
+QUICK :=
+ONLY :=
+bench-proxy: setup bench-packages ## measure the proxy beside nginx and haproxy, ROUNDS=3 times; QUICK=1: in a minute
+	@$(PYTHON) -m tests.benchmarks.proxy --rounds $(or $(ROUNDS),3) $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY))
 
 hand-over: setup ## show three generations of walltimes of two minutes end under load; takes six minutes
 	@HAND_OVER_GENERATIONS=3 $(VENV)/bin/pytest -q --capture=no --log-cli-level=ERROR tests/e2e/test_hand_over.py -k generations
@@ -63,6 +68,9 @@ clean: ## remove what was built and installed here
 
 packages:
 	@controlplane/demo/debian-packages.sh
+
+bench-packages:
+	@controlplane/demo/debian-packages.sh benchmarks
 
 python: $(INSTALLED)
 
