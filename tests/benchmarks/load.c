@@ -4,11 +4,13 @@
  *
  * An answer counts as good if its status is the expected one and it is whole: its length or its last chunk has come, and of a
  * stream also [DONE] and, unless --loose, exactly as many events as were ordered. Prints one JSON object: how many were good,
- * errors by what they were, seconds, and exact percentiles in milliseconds of the first byte of body (ttft) and of the last
- * one (e2e), both from the moment at which the request was sent, or, with --fresh, at which its connection was begun.
+ * errors by what they were, seconds, and exact percentiles in milliseconds of the first byte of body (ttft; of a
+ * stream: of its first event) and of the last one (e2e), both from the moment at which the request was sent, or, with
+ * --fresh, at which its connection was begun.
  *
  *     --requests N    by each connection; else --seconds S: until then, and what is under way ends
  *     --ramp-ms T     the connections begin at random moments within T, so that they do not beat in step
+ *     --pause-ms T    rest between two requests of a connection
  *     --fresh         a new connection for each request; without --ramp-ms all of them at once
  *     --sources N     from 127.0.0.1, .2, ... in turn, when one address has too few ports
  *     --leave-ms T    leave at a random moment within T of the request, or in the middle of sending it
@@ -38,7 +40,7 @@ struct client {
     int chunk_state;   /* 0: in its length, 1: in its extension, 2: in its bytes, 3: in the trailer, 4: ended */
     size_t line_length;
     uint32_t events;
-    bool at_line_start;
+    bool at_line_start, is_event;
     char tail[16]; /* of the body */
     size_t tail_used;
     struct buffer head, request;
@@ -51,7 +53,7 @@ struct samples {
 
 static struct {
     int ports[16], port_count, connections, requests, expected, sources, chunks, padding;
-    double seconds, ramp_ms, leave_ms, timeout_seconds, slow_ms;
+    double seconds, ramp_ms, leave_ms, timeout_seconds, slow_ms, pause_ms;
     size_t slow_bytes;
     bool streams, fresh, loose, usage, tells_began;
     const char *pace, *model, *path;
@@ -100,7 +102,8 @@ static void rest(struct client *one) {
         hang_up(one);
         active--;
     } else {
-        timer_start(&one->timer, now); /* not here: a server that refuses at once would let us recurse */
+        /* not here: a server that refuses at once would let us recurse */
+        timer_start(&one->timer, now + (uint64_t)(chosen.pause_ms * 1e6));
     }
 }
 
@@ -204,7 +207,8 @@ static void begin(struct client *one) {
     one->asked++;
     one->status = 0;
     one->events = 0;
-    one->at_line_start = false;
+    one->at_line_start = true;
+    one->is_event = false;
     one->tail_used = one->sent = one->left = one->line_length = 0;
     one->chunk_state = 0;
     one->framing = BY_HEAD;
@@ -228,36 +232,43 @@ static void begin(struct client *one) {
 
 /* --- answers --------------------------------------------------------------------------------------------------- */
 
-/* Events end with an empty line. */
+static void has_first(struct client *one) {
+    one->first_at = now_ns();
+    if (one->has_begun) return;
+    one->has_begun = true;
+    if (++began_count == chosen.connections && chosen.tells_began) {
+        puts("began");
+        fflush(stdout);
+    }
+}
+
+/* Events end with an empty line; what has only comments, lines that begin with a colon, is none. */
 static void count_events(struct client *one, const char *bytes, size_t count) {
     for (const char *at = bytes, *end = bytes + count; at < end;) {
-        if (*at == '\n' || *at == '\r') {
-            if (*at == '\n') {
-                if (one->at_line_start) one->events++;
-                one->at_line_start = !one->at_line_start;
-            }
+        if (*at == '\r') {
             at++;
-            continue;
+        } else if (*at == '\n') {
+            if (one->at_line_start && one->is_event) one->events++, one->is_event = false;
+            one->at_line_start = true;
+            at++;
+        } else {
+            if (one->at_line_start && *at != ':') {
+                one->is_event = true;
+                if (!one->first_at) has_first(one);
+            }
+            one->at_line_start = false;
+            at = memchr(at, '\n', (size_t)(end - at));
+            if (!at) return;
         }
-        one->at_line_start = false;
-        at = memchr(at, '\n', (size_t)(end - at));
-        if (!at) return;
     }
 }
 
 static void take_body(struct client *one, const char *bytes, size_t count) {
     if (!count) return;
-    if (!one->first_at) {
-        one->first_at = now_ns();
-        if (!one->has_begun) {
-            one->has_begun = true;
-            if (++began_count == chosen.connections && chosen.tells_began) {
-                puts("began");
-                fflush(stdout);
-            }
-        }
+    if (!chosen.streams) {
+        if (!one->first_at) has_first(one);
+        return;
     }
-    if (!chosen.streams) return;
     count_events(one, bytes, count);
     if (count >= sizeof one->tail) {
         memcpy(one->tail, bytes + count - sizeof one->tail, one->tail_used = sizeof one->tail);
@@ -406,9 +417,10 @@ static void read_keys(const char *file) {
 
 static void write_request(struct client *one) {
     char head[2048], body[2048];
-    int length = snprintf(body, sizeof body, "{\"model\":\"%s\",\"user\":\"pace=%s\",%s%s\"max_tokens\":%d,\"messages\":[{\"role\":"
-                          "\"user\",\"content\":\"", chosen.model, chosen.pace, chosen.streams ? "\"stream\":true," : "",
-                          chosen.usage ? "\"stream_options\":{\"include_usage\":true}," : "", chosen.chunks);
+    int length = snprintf(body, sizeof body,
+                          "{\"model\":\"%s\",%s%s\"max_tokens\":%d,\"messages\":[{\"role\":\"user\",\"content\":\"pace=%s ",
+                          chosen.model, chosen.streams ? "\"stream\":true," : "",
+                          chosen.usage ? "\"stream_options\":{\"include_usage\":true}," : "", chosen.chunks, chosen.pace);
     const char *ending = "\"}]}";
     size_t whole = (size_t)length + (size_t)chosen.padding + strlen(ending);
     char authorization[600] = "";
@@ -461,13 +473,14 @@ static void report(double seconds) {
 }
 
 enum { PORTS, CONNECTIONS, REQUESTS, SECONDS, RAMP, STREAM, PACE, KEYS, MODEL, PATH, FRESH, SOURCES, LEAVE, SLOWLY, EXPECT,
-       TIMEOUT, LOOSE, USAGE, BEGAN, PADDING };
+       TIMEOUT, LOOSE, USAGE, BEGAN, PADDING, PAUSE };
 static const struct option OPTIONS[] = {
     {"ports", 1, 0, PORTS}, {"connections", 1, 0, CONNECTIONS}, {"requests", 1, 0, REQUESTS}, {"seconds", 1, 0, SECONDS},
     {"ramp-ms", 1, 0, RAMP}, {"stream", 0, 0, STREAM}, {"pace", 1, 0, PACE}, {"keys", 1, 0, KEYS}, {"model", 1, 0, MODEL},
     {"path", 1, 0, PATH}, {"fresh", 0, 0, FRESH}, {"sources", 1, 0, SOURCES}, {"leave-ms", 1, 0, LEAVE},
     {"slowly", 1, 0, SLOWLY}, {"expect", 1, 0, EXPECT}, {"timeout-seconds", 1, 0, TIMEOUT}, {"loose", 0, 0, LOOSE},
-    {"include-usage", 0, 0, USAGE}, {"tell-began", 0, 0, BEGAN}, {"padding", 1, 0, PADDING}, {0}};
+    {"include-usage", 0, 0, USAGE}, {"tell-began", 0, 0, BEGAN}, {"padding", 1, 0, PADDING},
+    {"pause-ms", 1, 0, PAUSE}, {0}};
 
 static void choose(int count, char **words) {
     for (int option; (option = getopt_long(count, words, "", OPTIONS, NULL)) != -1;) {
@@ -496,6 +509,7 @@ static void choose(int count, char **words) {
         case LOOSE: chosen.loose = true; break;
         case USAGE: chosen.usage = true; break;
         case BEGAN: chosen.tells_began = true; break;
+        case PAUSE: chosen.pause_ms = atof(optarg); break;
         case PADDING: chosen.padding = atoi(optarg); break;
         default: exit(2);
         }

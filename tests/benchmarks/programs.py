@@ -133,9 +133,9 @@ class Process:
     def tail(self) -> str:
         return self.log.read_text(errors="replace")[-2000:].strip()
 
-    def wait_listening(self, *ports: int) -> None:
+    def wait_listening(self, *ports: int, seconds: float = _READY_SECONDS) -> None:
         """Raises `BenchmarkFailed` if it ends first, or takes too long."""
-        self.wait_until(lambda: all(map(is_listening, ports)), "listens")
+        self.wait_until(lambda: all(map(is_listening, ports)), "listens", seconds)
 
     def wait_until(self, fact: Any, what: str, seconds: float = _READY_SECONDS) -> None:
         deadline = time.monotonic() + seconds

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import sys
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from controlplane.demo.children import MissingProgram, free_ports
 from tests.benchmarks import rivals
@@ -33,12 +35,23 @@ from tests.benchmarks.programs import (
     running,
     upstreams,
 )
-from tests.benchmarks.rig import HERE, make_keys, our_proxy
-from tests.benchmarks.tables import DIRECT, NGINX, OURS, Measurement, Results, Verdict, table, verdicts
+from tests.benchmarks.rig import HERE, MODEL, make_keys, our_proxy
+from tests.benchmarks.tables import DIRECT, IDLE, NGINX, OURS, Measurement, Results, Verdict, table, verdicts
 
 HAPROXY = "haproxy"
 QUICK = ("paced-100", "paced-1000", "plain")
-FULL = ("paced-1", "paced-100", "paced-500", "paced-1000", "burst-100", "burst-500", "burst-1000", "plain", "streaming")
+FULL = (
+    IDLE,
+    "paced-1",
+    "paced-100",
+    "paced-500",
+    "paced-1000",
+    "burst-100",
+    "burst-500",
+    "burst-1000",
+    "plain",
+    "streaming",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +63,14 @@ class Sizes:
     burst_interval_ms: float = 20
     chunks: int = 32
     unpaced_seconds: float = 4.0
+    idle_seconds: float = 11.0  # so that what is done every ten seconds is in it
     divisor: int = 1  # of the connections
 
 
 QUICK_SIZES = Sizes(streams=lambda connections: 2 if connections < 500 else 1, unpaced_seconds=3.0)
-TINY_SIZES = Sizes(streams=lambda _: 1, interval_ms=2, burst_interval_ms=2, chunks=4, unpaced_seconds=0.2, divisor=20)
+TINY_SIZES = Sizes(
+    streams=lambda _: 1, interval_ms=2, burst_interval_ms=2, chunks=4, unpaced_seconds=0.2, idle_seconds=0.2, divisor=20
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +124,21 @@ def measure(round_number: int, scenario: str, subject: Subject, up: Upstreams, s
     )
 
 
+def measure_idle(round_number: int, subjects: Sequence[Subject], sizes: Sizes) -> list[Measurement]:
+    """What each proxy uses while nobody asks, all at the same time."""
+    processes = [(subject.name, subject.process) for subject in subjects if subject.process]
+    began = time.monotonic()
+    before = [process.cpu_seconds() for _, process in processes]
+    time.sleep(sizes.idle_seconds)
+    after = [process.cpu_seconds() for _, process in processes]
+    seconds = time.monotonic() - began
+    nothing: dict[str, Any] = dict.fromkeys(("ttft_p50_ms", "ttft_p99_ms", "e2e_p50_ms", "e2e_p99_ms"), math.nan)
+    return [
+        Measurement(round_number, IDLE, name, 0, 0, seconds, used - had, pss_bytes=process.pss_bytes(), **nothing)
+        for (name, process), had, used in zip(processes, before, after, strict=True)
+    ]
+
+
 def _percentile(found: Load, what: str, which: str) -> float:
     return float(found[what].get(which, "nan"))  # nothing was answered
 
@@ -129,6 +160,9 @@ def all_rounds(
     found = []
     for number in range(1, rounds + 1):
         for scenario in rng.sample(scenarios, len(scenarios)):
+            if scenario == IDLE:
+                found += measure_idle(number, subjects, sizes)
+                continue
             for subject in rng.sample(subjects, len(subjects)):
                 one = measure(number, scenario, subject, up, sizes)
                 found.append(one)
@@ -146,14 +180,13 @@ def _say(one: Measurement) -> None:
 
 @contextmanager
 def the_usual(
-    directory: Path, names: Sequence[str], root: Path, key_count: int
+    directory: Path, names: Sequence[str], root: Path, key_count: int, cores: Cores
 ) -> Iterator[tuple[list[Subject], Upstreams]]:
     """No proxy, nginx, haproxy and ours, as far as they are asked for, before two upstreams."""
     keys = make_keys(key_count)
-    cores = Cores.shared_out()
     with ExitStack() as stack:
         up = stack.enter_context(upstreams(directory))
-        ours = stack.enter_context(our_proxy(directory, up.ports, keys, core=cores.proxy, root=root))
+        ours = stack.enter_context(our_proxy(directory, {MODEL: up.ports}, keys, core=cores.proxy, root=root))
         limits = ", ".join(ours.limits) or "not in this version"
         print(
             f"{key_count} keys; limits: {limits}; proxy on core {cores.proxy}, all else on {cores.others}",
@@ -228,7 +261,8 @@ def main(words: Sequence[str] | None = None) -> int:
     scenarios, names, sizes = chosen(options)
     allow_many_files()
     try:
-        with scratch() as directory, the_usual(directory, names, options.root, options.keys) as (subjects, up):
+        cores = Cores.shared_out()
+        with scratch() as directory, the_usual(directory, names, options.root, options.keys, cores) as (subjects, up):
             results = all_rounds(subjects, scenarios, up, sizes, options.rounds, random.Random(options.seed))
     except (BenchmarkFailed, MissingProgram) as error:
         print(error, file=sys.stderr)

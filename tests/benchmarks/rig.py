@@ -13,7 +13,7 @@ import re
 import secrets
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,12 +55,14 @@ class Site:
             raise BenchmarkFailed(f"controlplane {' '.join(arguments)}: {done.stderr.strip()[-1000:]}")
         return done.stdout
 
-    def prepare(self, upstream_ports: Sequence[int], keys: Sequence[str]) -> list[str]:
-        """Migrate, apply a set, make keys and limits; returns the limits that this version knows."""
+    def prepare(self, models: Mapping[str, Sequence[int]], keys: Sequence[str]) -> list[str]:
+        """Migrate, apply a set a model, make keys and limits; returns the limits that this version knows."""
         self.command("migrate")
-        endpoints = [{"url": f"http://127.0.0.1:{port}"} for port in upstream_ports]
-        spec = {"name": "bench", "model": MODEL, "endpoints": endpoints}
-        self.command("apply", "-f", "-", stdin=json.dumps({"replica_sets": [spec]}))
+        specs = [
+            {"name": model, "model": model, "endpoints": [{"url": f"http://127.0.0.1:{port}"} for port in ports]}
+            for model, ports in models.items()
+        ]
+        self.command("apply", "-f", "-", stdin=json.dumps({"replica_sets": specs}))
         with psycopg.connect(self.database_url) as connection:
             connection.execute("INSERT INTO tenants (name) VALUES (%s) ON CONFLICT DO NOTHING", (TENANT,))
             connection.cursor().executemany(
@@ -70,7 +72,7 @@ class Site:
             ready = connection.execute(
                 "UPDATE endpoints SET health = 'READY', passes = 3, first_ready_at = now(), confirmed_at = now()"
             )
-            assert ready.rowcount == len(upstream_ports)
+            assert ready.rowcount == sum(map(len, models.values()))
         return self._set_limits()
 
     def _set_limits(self) -> list[str]:
@@ -127,12 +129,20 @@ class Proxy:
 
 @contextmanager
 def our_proxy(
-    directory: Path, upstream_ports: Sequence[int], keys: Sequence[str], *, core: int | None = None, root: Path = HERE
+    directory: Path,
+    models: Mapping[str, Sequence[int]],
+    keys: Sequence[str],
+    *,
+    core: int | None = None,
+    root: Path = HERE,
 ) -> Iterator[Proxy]:
-    """Start all of it in the directory, which other users must be able to enter."""
+    """Start all of it in the directory, which other users must be able to enter.
+
+    `models` says on which ports each is served.
+    """
     with PrivatePostgres(directory / "postgres", is_durable=False) as postgres:
         site = Site(root.resolve(), directory, postgres.create_database("bench"))
-        limits = site.prepare(upstream_ports, keys)
+        limits = site.prepare(models, keys)
         key_file = directory / "keys.txt"
         key_file.write_text("".join(f"{key}\n" for key in keys))
         [port] = free_ports(1)

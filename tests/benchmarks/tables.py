@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from statistics import median
 
 DIRECT, NGINX, OURS = "direct", "nginx", "controlplane"
+IDLE = "idle"  # the scenario in which nobody asks
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,10 @@ class Measurement:
     def cpu_per_request(self) -> float:
         return self.cpu_seconds / self.good if self.good else math.nan
 
+    def cpu_per_request_over(self, idle_cpu_share: float) -> float:
+        """Without what the proxy uses by itself all the time, which at one stream is more than the stream costs."""
+        return (self.cpu_seconds - idle_cpu_share * self.seconds) / self.good if self.good else math.nan
+
     @property
     def requests_per_second(self) -> float:
         return self.good / self.seconds
@@ -49,7 +54,8 @@ class Results:
     measurements: Sequence[Measurement]
 
     def proxies(self) -> list[str]:
-        return list(dict.fromkeys(one.proxy for one in self.measurements))
+        """Each once, no proxy at all first."""
+        return sorted(dict.fromkeys(one.proxy for one in self.measurements), key=lambda name: name != DIRECT)
 
     def scenarios(self) -> list[str]:
         return list(dict.fromkeys(one.scenario for one in self.measurements))
@@ -68,6 +74,17 @@ class Results:
         """The median of the comparisons within each round; NaN if there is none."""
         bases = {one.round: of(one) for one in self.of(scenario, to)}
         return _median(how(of(one), bases[one.round]) for one in self.of(scenario, proxy) if one.round in bases)
+
+    def cpu_ratio(self, scenario: str, proxy: str, to: str) -> float:
+        """CPU per request against another proxy's, and of a single stream what it adds to the idle proxy's."""
+
+        def of(one: Measurement) -> float:
+            idle = self.of(IDLE, one.proxy) if scenario == "paced-1" else []
+            return one.cpu_per_request_over(
+                _median(other.cpu_seconds / other.seconds for other in idle) if idle else 0.0
+            )
+
+        return self.compared(scenario, proxy, to, of, ratio)
 
 
 def ratio(value: float, base: float) -> float:
@@ -103,6 +120,8 @@ def rows(results: Results) -> list[Row]:
                 told.append(_added_row(f"{size} paced streams: added TTFT p50 / p99 ms", scenario))
             case "burst":
                 told.append(_burst_row(f"burst of {size}: E2E p50 / p99 x direct", scenario))
+            case "idle":
+                told.append(Row("idle: CPU ms a second", _idle))
             case _:
                 words = "unpaced, streaming" if kind == "streaming" else "unpaced, not streaming"
                 told.append(_cpu_row(f"{words}: CPU/request x nginx", scenario))
@@ -116,7 +135,7 @@ def _cpu_row(title: str, scenario: str) -> Row:
     def cell(results: Results, proxy: str) -> str:
         if proxy == DIRECT:
             return ""
-        return _number(results.compared(scenario, proxy, NGINX, lambda one: one.cpu_per_request, ratio))
+        return _number(results.cpu_ratio(scenario, proxy, NGINX))
 
     return Row(title, cell)
 
@@ -150,6 +169,11 @@ def _burst_row(title: str, scenario: str) -> Row:
         return " / ".join(_number(burst_ratio(results, scenario, proxy, is_p99=is_p99)) for is_p99 in (False, True))
 
     return Row(title, cell)
+
+
+def _idle(results: Results, proxy: str) -> str:
+    used = results.value(IDLE, proxy, lambda one: 1e3 * one.cpu_seconds / one.seconds)
+    return "" if proxy == DIRECT or math.isnan(used) else f"{used:.2f}"
 
 
 def _memory(results: Results, proxy: str) -> str:
@@ -210,6 +234,8 @@ def verdicts(results: Results, proxy: str = OURS) -> list[Verdict]:
     found: list[Verdict] = []
     for scenario in results.scenarios():
         kind, _, size = scenario.partition("-")
+        if kind == IDLE:
+            continue
         if kind == "burst":
             if size == "1000":
                 for is_p99, bound in ((False, 1.15), (True, 1.4)):
@@ -217,7 +243,7 @@ def verdicts(results: Results, proxy: str = OURS) -> list[Verdict]:
                     found.append(Verdict(words, burst_ratio(results, scenario, proxy, is_p99=is_p99), bound))
             continue
         bound = MOST_CPU_PACED if kind == "paced" else MOST_CPU_UNPACED
-        cpu = results.compared(scenario, proxy, NGINX, lambda one: one.cpu_per_request, ratio)
+        cpu = results.cpu_ratio(scenario, proxy, NGINX)
         found.append(Verdict(f"{scenario}, CPU/request x nginx", cpu, bound))
         if scenario == "paced-1000":
             for is_p99, most_ms in ((False, 0.5), (True, 5.0)):
@@ -232,8 +258,8 @@ def cheaper_than_each(results: Results, peers: Iterable[str], proxy: str = OURS)
     return [
         Verdict(f"{scenario}, CPU/request x {peer}", compared, 1.0)
         for scenario in results.scenarios()
-        if not scenario.startswith("burst")
+        if not scenario.startswith(("burst", IDLE))
         for peer in peers
-        for compared in [results.compared(scenario, proxy, peer, lambda one: one.cpu_per_request, ratio)]
+        for compared in [results.cpu_ratio(scenario, proxy, peer)]
         if not math.isnan(compared)
     ]

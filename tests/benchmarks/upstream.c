@@ -2,8 +2,8 @@
  *
  *     upstream PORT...        listens on each, on every address of 127/8; ends with SIGTERM
  *
- * What it shall do is said in the request's body, which every proxy passes on: "pace=FIRST:INTERVAL:CHUNKS" anywhere,
- * as in {"user": "pace=100:100:32"}, times in milliseconds; interval 0: all at once. Without it: one chunk at once.
+ * What it shall do is said in the prompt, which is what every proxy passes on: "pace=FIRST:INTERVAL:CHUNKS", times in
+ * milliseconds; interval 0: all at once. Without it: one chunk at once.
  * With "stream":true the answer is a stream of server-sent events: the head at once, then one event per HTTP chunk and
  * per write, as uvicorn sends them, a usage event if "include_usage":true, and [DONE]. Otherwise it is one JSON object of
  * about 1 kB after FIRST.
@@ -158,20 +158,24 @@ static bool answered(struct connection *one) {
     return true;
 }
 
+/* A fault that was ordered. */
+static bool break_off(struct connection *one) {
+    one->is_answering = false;
+    answering_count--;
+    hang_up(one);
+    return false;
+}
+
 /* Says what is due. False: the connection is gone. */
 static bool go_on(struct connection *one) {
     if (!one->is_answering) { /* what was due is a request */
         hang_up(one);
         return false;
     }
-    if (one->fault == 'r') {
-        hang_up(one);
-        return false;
-    }
+    if (one->fault == 'r') return break_off(one);
     if (!one->is_stream || one->fault == 'e') {
         if (one->fault == 'b') {
-            if (say(one, HALF_ANSWER, sizeof HALF_ANSWER - 1)) hang_up(one);
-            return false;
+            return say(one, HALF_ANSWER, sizeof HALF_ANSWER - 1) && break_off(one);
         }
         bool is_error = one->fault != 0;
         if (!say_json(one, is_error ? "500 Internal Server Error" : "200 OK", is_error ? PLAIN_ERROR : plain_answer))
@@ -183,10 +187,7 @@ static bool go_on(struct connection *one) {
                say(one, "0\r\n\r\n", 5) && answered(one);
     }
     do {
-        if (one->fault == 'b' && one->sent == one->chunks / 2) {
-            hang_up(one);
-            return false;
-        }
+        if (one->fault == 'b' && one->sent == one->chunks / 2) return break_off(one);
         if (!say(one, framed_chunk, framed_chunk_length)) return false;
         one->sent++;
     } while (!one->interval_ns && one->sent < one->chunks);
@@ -251,7 +252,6 @@ static bool take_request(struct connection *one) {
     one->fault = 0;
     if (pace && sscanf(pace, "pace=%lf:%lf:%u:%c", &first, &interval, &one->chunks, &one->fault) < 3)
         die("cannot read: %.40s", pace);
-    if (one->fault == '"') one->fault = 0;
     one->interval_ns = (uint64_t)(interval * 1e6);
     one->is_stream = memmem(text, body, "\"stream\":true", 13) || memmem(text, body, "\"stream\": true", 14);
     one->wants_usage = memmem(text, body, "\"include_usage\":true", 20) || memmem(text, body, "\"include_usage\": true", 21);
