@@ -23,7 +23,7 @@ setup: packages $(INSTALLED) ## install Debian's packages and Python's into .ven
 demo: setup ## show the whole loop on this machine: an alert, Slurm jobs, requests, and back
 	@$(VENV)/bin/controlplane demo
 
-test: setup ## run all tests, on real PostgreSQL, Slurm, Prometheus and Alertmanager
+test: setup bench-packages ## run all tests, on real PostgreSQL, Slurm, Prometheus and Alertmanager
 	@$(VENV)/bin/pytest -n 2
 
 sim: setup ## live SEEDS=1000 simulated worlds full of faults, or tell one of them: SEED=4711
@@ -47,6 +47,15 @@ QUICK :=
 ONLY :=
 bench-proxy: setup bench-packages ## measure the proxy beside nginx and haproxy, ROUNDS=3 times; QUICK=1: in a minute
 	@$(PYTHON) -m tests.benchmarks.proxy --rounds $(or $(ROUNDS),3) $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY))
+
+bench-proxy-peers: setup bench-packages ## the same beside LiteLLM, vllm-router, sglang-router and production-stack's router
+	@$(PYTHON) -m tests.benchmarks.peers --rounds $(or $(ROUNDS),3) $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY))
+
+bench-idle-streams: setup bench-packages ## hold STREAMS=10000 idle streams on one worker, and tell what one costs
+	@$(PYTHON) -m tests.benchmarks.idle_streams --streams $(or $(STREAMS),10000)
+
+soak: setup bench-packages ## load the proxy for MINUTES=30 in every way, and see that nothing grows
+	@$(PYTHON) -m tests.benchmarks.soak --minutes $(or $(MINUTES),30)
 
 hand-over: setup ## show three generations of walltimes of two minutes end under load; takes six minutes
 	@HAND_OVER_GENERATIONS=3 $(VENV)/bin/pytest -q --capture=no --log-cli-level=ERROR tests/e2e/test_hand_over.py -k generations

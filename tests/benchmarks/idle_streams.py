@@ -14,8 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from controlplane.demo.children import MissingProgram
-from tests.benchmarks.programs import BenchmarkFailed, allow_many_files, load, load_command, upstreams
+from tests.benchmarks.programs import FAILURES, allow_many_files, load, load_command, upstreams
 from tests.benchmarks.proxy import scratch
 from tests.benchmarks.rig import HERE, MODEL, make_keys, our_proxy
 
@@ -69,7 +68,7 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         with scratch() as directory:
             return run(options, directory)
-    except (BenchmarkFailed, MissingProgram) as error:
+    except FAILURES as error:
         print(error, file=sys.stderr)
         return 2
 

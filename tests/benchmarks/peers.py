@@ -1,9 +1,9 @@
 """Measures our proxy beside the proxies that are made for language models, in the same way and with the same table.
 
-`make bench-proxy-peers`. Each is installed by pip into a virtual environment of its own below `build/peers`, at a fixed version;
-one that cannot be installed, or does not start, is named with the reason, and the others are measured. They run with one
-worker on the proxy's core, without keys where keys would need a database of theirs; ours checks keys and counts limits.
-The exit code is 1 if one of them uses less CPU per request than we do.
+`make bench-proxy-peers`. Each is installed into a virtual environment of its own below `build/peers`, at a fixed
+version; one that cannot be installed, or does not start, is named with the reason, and the others are measured. They
+run with one worker on the proxy's core. LiteLLM looks for its one master key, the others for none; ours looks for one
+of many, and counts limits. The exit code is 1 if one of them uses less CPU per request than we do.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from controlplane.demo.children import MissingProgram, free_ports
-from tests.benchmarks.programs import BUILD, BenchmarkFailed, Cores, Process, allow_many_files, running
+from controlplane.demo.children import free_ports
+from tests.benchmarks.programs import BUILD, FAILURES, BenchmarkFailed, Cores, Process, allow_many_files, running
 from tests.benchmarks.proxy import (
     Subject,
     all_rounds,
@@ -31,11 +31,10 @@ from tests.benchmarks.proxy import (
     the_usual,
     warm_up,
 )
-from tests.benchmarks.rig import MODEL
+from tests.benchmarks.rig import MODEL, make_keys
 from tests.benchmarks.tables import cheaper_than_each
 
 VENVS = BUILD.parent / "peers"
-PEER_SCENARIOS = "paced-1,paced-100,paced-500,paced-1000,burst-100,burst-500,burst-1000,plain,streaming"
 
 _START_SECONDS = 120.0  # LiteLLM imports for half a minute
 
@@ -55,6 +54,7 @@ class Peer:
     command: Command
     python: str = "python3"
     environment: Mapping[str, str] = field(default_factory=dict)
+    master_key: str = ""  # the variable in which it wants one
     overrides: tuple[
         str, ...
     ] = ()  # of pins in its own requirements that an index may not have; loopback needs neither
@@ -137,6 +137,7 @@ PEERS = (
         "litellm[proxy]==1.109.1",
         _litellm,
         environment={"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"},
+        master_key="LITELLM_MASTER_KEY",
         overrides=("certifi>=2024", "litellm-proxy-extras>=0.1"),
     ),
     Peer("vllm-router", "vllm-router==0.1.17", _vllm_router),
@@ -153,11 +154,17 @@ def start(peer: Peer, stack: ExitStack, directory: Path, upstream_ports: Sequenc
         urls = [f"http://127.0.0.1:{one}" for one in upstream_ports]
         command = peer.command(programs, directory, port, urls)
         environment = {**peer.environment, "HOME": str(directory)}
+        arguments = ["--loose"]  # they may add events of their own
+        if peer.master_key:
+            [environment[peer.master_key]] = make_keys(1)
+            key_file = directory / f"{peer.name}-key.txt"
+            key_file.write_text(environment[peer.master_key] + "\n")
+            arguments += ["--keys", str(key_file)]
         process = stack.enter_context(
             running(Process(command, directory / f"{peer.name}.log", core=core, environment=environment))
         )
         process.wait_listening(port, seconds=_START_SECONDS)
-        subject = Subject(peer.name, (port,), process, ("--loose",))  # they may add events of their own
+        subject = Subject(peer.name, (port,), process, tuple(arguments))
         warm_up(subject)
     except CannotInstall as error:
         print(f"{peer.name} is not measured, it cannot be installed: {error}", file=sys.stderr)
@@ -171,23 +178,25 @@ def start(peer: Peer, stack: ExitStack, directory: Path, upstream_ports: Sequenc
 def main(words: Sequence[str] | None = None) -> int:
     parser = options_of(__doc__)
     parser.add_argument("--peers", default=",".join(peer.name for peer in PEERS), help="which, with commas")
-    parser.add_argument("--production-stack", default=PRODUCTION_STACK, help="what pip installs it from")
+    parser.add_argument("--production-stack", default=PRODUCTION_STACK, help="what it is installed from")
     options = parser.parse_args(words)
-    if options.only is None and not options.quick:
-        options.only = PEER_SCENARIOS
     scenarios, names, sizes = chosen(options)
     wanted = options.peers.split(",")
+    all_peers = [
+        replace(peer, requirement=options.production_stack) if peer.requirement == PRODUCTION_STACK else peer
+        for peer in PEERS
+    ]
     allow_many_files()
     cores = Cores.shared_out()
     try:
         with ExitStack() as stack:
             directory = stack.enter_context(scratch())
             usual, up = stack.enter_context(the_usual(directory, names, options.root, options.keys, cores))
-            found = [start(peer, stack, directory, up.ports, cores.proxy) for peer in PEERS if peer.name in wanted]
+            found = [start(peer, stack, directory, up.ports, cores.proxy) for peer in all_peers if peer.name in wanted]
             peers = [subject for subject in found if subject is not None]
             rng = random.Random(options.seed)
             results = all_rounds([*usual, *peers], scenarios, up, sizes, options.rounds, rng)
-    except (BenchmarkFailed, MissingProgram) as error:
+    except FAILURES as error:
         print(error, file=sys.stderr)
         return 2
     judged = cheaper_than_each(results, [peer.name for peer in peers])

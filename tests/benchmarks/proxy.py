@@ -21,10 +21,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from controlplane.demo.children import MissingProgram, free_ports
+from controlplane.demo.children import free_ports
 from tests.benchmarks import rivals
 from tests.benchmarks.programs import (
     BUILD,
+    FAILURES,
     BenchmarkFailed,
     Cores,
     Load,
@@ -264,7 +265,7 @@ def main(words: Sequence[str] | None = None) -> int:
         cores = Cores.shared_out()
         with scratch() as directory, the_usual(directory, names, options.root, options.keys, cores) as (subjects, up):
             results = all_rounds(subjects, scenarios, up, sizes, options.rounds, random.Random(options.seed))
-    except (BenchmarkFailed, MissingProgram) as error:
+    except FAILURES as error:
         print(error, file=sys.stderr)
         return 2
     return report(results, verdicts(results), results_file("proxy"))

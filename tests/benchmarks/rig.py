@@ -106,6 +106,8 @@ class Site:
 
     def _python(self) -> list[str]:
         own = self.root / ".venv" / "bin" / "python"
+        if self.root != HERE and not own.exists():
+            raise BenchmarkFailed(f"{self.root} has no .venv; `make setup` makes one there")
         return [sys.executable if self.root == HERE else str(own), "-m", "controlplane.cli"]
 
     def _environment(self) -> dict[str, str]:

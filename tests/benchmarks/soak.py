@@ -21,9 +21,8 @@ from statistics import median
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from controlplane.demo.children import MissingProgram
 from tests.benchmarks.programs import (
-    BenchmarkFailed,
+    FAILURES,
     Load,
     Upstreams,
     allow_many_files,
@@ -190,7 +189,7 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         with scratch() as directory:
             return run(options, directory)
-    except (BenchmarkFailed, MissingProgram) as error:
+    except FAILURES as error:
         print(error, file=sys.stderr)
         return 2
 
