@@ -29,6 +29,7 @@ MODEL = "bench"
 TENANT = "bench"
 HERE = Path(__file__).parents[2]
 
+_MOST_IN_FLIGHT = 100_000  # of an upstream: what nginx and haproxy pass on at once is not held back by us either
 _LIMITS = {
     "requests-per-minute": 1_000_000_000,
     "tokens-per-minute": 1_000_000_000,
@@ -58,10 +59,13 @@ class Site:
     def prepare(self, models: Mapping[str, Sequence[int]], keys: Sequence[str]) -> list[str]:
         """Migrate, apply a set a model, make keys and limits; returns the limits that this version knows."""
         self.command("migrate")
-        specs = [
+        specs: list[dict[str, object]] = [
             {"name": model, "model": model, "endpoints": [{"url": f"http://127.0.0.1:{port}"} for port in ports]}
             for model, ports in models.items()
         ]
+        if "max_in_flight" in (self.root / "docs" / "replica-sets.schema.json").read_text():
+            for spec in specs:
+                spec["routing"] = {"max_in_flight": _MOST_IN_FLIGHT}
         self.command("apply", "-f", "-", stdin=json.dumps({"replica_sets": specs}))
         with psycopg.connect(self.database_url) as connection:
             connection.execute("INSERT INTO tenants (name) VALUES (%s) ON CONFLICT DO NOTHING", (TENANT,))
