@@ -10,6 +10,7 @@ until the process stops. Failures answer in OpenAI's shape (`errors`).
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import secrets
@@ -51,6 +52,7 @@ from controlplane.proxy.usage import Usage
 from controlplane.proxy.waiting import WaitingRooms
 
 _JSON = b"application/json"
+_COLLECTED_AFTER = (20_000, 20, 50)  # new objects, and collections of those that were left; Python's own: 700, 10, 10
 _FIRST_READ_SECONDS = 1.0  # so that the first request finds something; without PostgreSQL we start all the same
 
 
@@ -150,6 +152,7 @@ class Proxy:
         async with asyncio.TaskGroup() as tasks:
             first = tasks.create_task(self._read_first())
             await asyncio.wait([first], timeout=_FIRST_READ_SECONDS)
+            _collect_seldom()
             duties = (self._directory.run, self._limits.run, self._usage.run, self._pressure.run, self._tick)
             background = [first, *(tasks.create_task(duty()) for duty in duties)]
             await send({"type": "lifespan.startup.complete"})
@@ -234,6 +237,17 @@ class Proxy:
         if problem is not None:
             return 200, _json({"status": "degraded", "message": problem})
         return 200, _json({"status": "ready"})
+
+
+def _collect_seldom() -> None:
+    """Keep Python's collector of cycles from stopping every stream for tens of milliseconds.
+
+    What was made by now, mostly code, stays for ever and need not be looked through. Of requests and connections hardly
+    anything is left to collect: their cycles are broken when they end.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*_COLLECTED_AFTER)
 
 
 def _allow(scope: Scope, *methods: str) -> None:
