@@ -110,7 +110,7 @@ class BodyReader:
     def end(self) -> None:
         """The body is complete."""
         if len(self._tail) == self._size:
-            try:
+            try:  # noqa: SIM105 - costs nothing where nothing is wrong
                 self.tokens._add_answer(_decode_answer(self._tail))
             except msgspec.MsgspecError:
                 pass
@@ -122,7 +122,7 @@ class BodyReader:
         text = self._tail[start:].decode("utf-8", "replace")
         try:
             _, end = json.JSONDecoder().raw_decode(text)
-            self.tokens._add(_decode_usage('{"usage":%s}' % text[:end]).usage)
+            self.tokens._add(_decode_usage(f'{{"usage":{text[:end]}}}').usage)
         except (ValueError, msgspec.MsgspecError):
             pass
 
@@ -170,11 +170,7 @@ class EventReader:
         except msgspec.MsgspecError:
             return False
         self.tokens._add_answer(answer)
-        return (
-            self._hides_usage
-            and answer.usage is not None
-            and bytes(answer.choices).replace(b" ", b"") == b"[]"
-        )
+        return self._hides_usage and answer.usage is not None and bytes(answer.choices).replace(b" ", b"") == b"[]"
 
 
 def first_event(piece: bytes) -> bytes | None:
