@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import count
 from random import Random
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import httpx
 import uvicorn
@@ -302,7 +302,7 @@ async def running_proxy(db: Database, options: ProxyOptions = QUICK, *, key: str
     bound.bind(("127.0.0.1", 0))
     port: int = bound.getsockname()[1]
     config = uvicorn.Config(
-        app, http=app.protocol, ws="none", lifespan="on", log_config=None, access_log=False, backlog=1024
+        app, http=cast("Any", app.protocol), ws="none", lifespan="on", log_config=None, access_log=False, backlog=1024
     )
     server = _Server(config)
     serving = asyncio.create_task(server.serve(sockets=[bound]))

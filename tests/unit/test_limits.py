@@ -137,7 +137,7 @@ async def test_settling_twice_is_harmless(make: Callable[..., Limits]) -> None:
         first.settle(tokens, 0.0)
     admitted(limits, 0.0)
     assert "2 are under way" in str(refusal(limits, 0.0))
-    assert limits.refused == {"concurrent": 1}
+    assert limits.refused == {("lab", "concurrent"): 1}
 
 
 async def test_a_request_larger_than_the_limit_is_admitted_when_nothing_else_was_used(
