@@ -1,11 +1,11 @@
 """The data plane: OpenAI's API in front of every routable endpoint.
 
 Reading order: `api` (what is put together, and the routes without a prompt), `protocol` (a client's connection),
-`call` (one request with a prompt, from its body to the end of its answer), `upstreams` (endpoints and the connections
-to them); what a call asks on its way: `auth` (who asks), `directory` (what there is, from the database, kept in memory),
+`call` (one request with a prompt, from its body to the end of its answer), `upstreams` (endpoints, and connections to
+them). What a call asks on its way: `auth` (who asks), `directory` (what there is, from the database, kept in memory),
 `request` (what is read of a body), `limits` (what its tenant may use), `waiting` (who has to wait, and for how long),
-`routing` (which endpoint), `tokens` (what the answer says it cost), `usage` (where that is kept), `access_log` (a line a
-request), `errors` (every refusal) and `wire` (how they are written). Beside it: `pressure` (asks for a replica while
+`routing` (which endpoint), `tokens` (what the answer says it cost), `usage` (where that is kept), `access_log` (a line
+a request), `errors` (every refusal) and `wire` (how they are written). Beside it: `pressure` (asks for a replica while
 requests wait), `models` (`/v1/models`), `plane` (what one worker's requests share).
 """
 
