@@ -91,7 +91,7 @@ def serve(
         int | None,
         typer.Option(
             min=1,
-            max=128,
+            max=128,  # as the setting's
             help="Processes that serve the proxy's port; else CONTROLPLANE_PROXY__WORKERS says how many.",
             show_default=False,
         ),

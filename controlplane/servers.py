@@ -117,8 +117,9 @@ class Server(uvicorn.Server):
             self.server_state.default_headers = [*headers, _CLOSING]
 
     def _has_newcomers(self) -> bool:
-        """Whether somebody has connected and not been heard yet."""
-        return any(getattr(one, "cycle", one) is None for one in self.server_state.connections)
+        """Whether somebody has connected and not been heard yet: a protocol of ours says so, uvicorn's has no cycle."""
+        connections = self.server_state.connections
+        return any(getattr(one, "is_new", getattr(one, "cycle", one) is None) for one in connections)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -138,7 +139,7 @@ async def run_until_stopped(
     forced: list[int] | None = [] if told_to_stop is None else None
     with _signals(stop, forced):
         try:
-            await _serve(services, duties, stop)
+            await _serve(services, duties, stop, can_be_forced=forced is not None)
         except asyncio.CancelledError:
             if not forced:
                 raise
@@ -148,13 +149,18 @@ async def run_until_stopped(
     return 0
 
 
-async def _serve(services: Sequence[Service], duties: Sequence[Duty], stop: asyncio.Event) -> None:
+async def _serve(
+    services: Sequence[Service], duties: Sequence[Duty], stop: asyncio.Event, *, can_be_forced: bool
+) -> None:
     async with asyncio.TaskGroup() as tasks:
         background = [tasks.create_task(duty()) for duty in duties]
         for service in services:
             tasks.create_task(service.work())
         await stop.wait()
-        logger.info("stopping: answers under way may finish; a second signal ends them at once")
+        if can_be_forced:
+            logger.info("stopping: answers under way may finish; a second signal ends them at once")
+        else:
+            logger.info("stopping: answers under way may finish")
         for service in services:
             service.stop()
         for task in background:

@@ -132,9 +132,13 @@ class ProxyMetrics(Collector):
     def client_left(self, model: str) -> None:
         self._disconnects[model] += 1
 
-    def tokens(self, model: str, tenant: str, kind: str, count: int) -> None:
-        """`kind`: prompt, completion, or cached, which are some of the prompt's."""
-        self._tokens[model, tenant, kind] += count
+    def tokens(self, model: str, tenant: str, prompt: int, completion: int, cached: int) -> None:
+        """What an answer cost; `cached` are some of the prompt's."""
+        tokens = self._tokens
+        tokens[model, tenant, "prompt"] += prompt
+        tokens[model, tenant, "completion"] += completion
+        if cached:
+            tokens[model, tenant, "cached"] += cached
 
     # --- telling ------------------------------------------------------------------------------------------
 

@@ -5,8 +5,9 @@ Reading order: `api` (what is put together, and the routes without a prompt), `p
 them). What a call asks on its way: `auth` (who asks), `directory` (what there is, from the database, kept in memory),
 `request` (what is read of a body), `limits` (what its tenant may use), `waiting` (who has to wait, and for how long),
 `routing` (which endpoint), `tokens` (what the answer says it cost), `usage` (where that is kept), `access_log` (a line
-a request), `errors` (every refusal) and `wire` (how they are written). Beside it: `pressure` (asks for a replica while
-requests wait), `models` (`/v1/models`), `plane` (what one worker's requests share).
+a request), `errors` (every refusal) and `wire` (how they are written). Beside it: `heads` (of requests that were read
+before), `pressure` (asks for a replica while requests wait), `models` (`/v1/models`), `multipart` (the model of a
+form), `plane` (what one worker's requests share).
 """
 
 from controlplane.proxy.api import Proxy, create_app

@@ -24,6 +24,11 @@ class AccessLog:
         self._clients = _Flood("INFO", most_failures_a_second)  # apart, so that bad clients do not hide our failures
         self._is_flooded = False
 
+    @property
+    def is_quiet(self) -> bool:
+        """A request that went well need not be told."""
+        return not self._sample and not self._is_flooded
+
     def write(
         self,
         *,

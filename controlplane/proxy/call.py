@@ -21,7 +21,6 @@ import time
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from controlplane.clock import utc_now
 from controlplane.core.balancing import Failure, may_retry
 from controlplane.core.types import ApiKey, RoutableEndpoint
 from controlplane.proxy import wire
@@ -88,94 +87,61 @@ class Phase(Enum):
     OVER = auto()
 
 
+# asked for at every piece of every stream, where an attribute of the class would be looked up
+_ADMITTED, _WAITING, _CONNECTING, _ASKED, _ANSWERING, _OVER = Phase
+
+
 class Call:
-    __slots__ = (
-        "_asked",
-        "_body",
-        "_breaks_at",
-        "_client",
-        "_connecting",
-        "_connection",
-        "_events",
-        "_first_byte_at",
-        "_grant",
-        "_has_begun",
-        "_has_place",
-        "_head",
-        "_heard_at",
-        "_hides_usage",
-        "_is_chunked",
-        "_key",
-        "_opening",
-        "_overhead",
-        "_patience",
-        "_phase",
-        "_pieces",
-        "_plane",
-        "_reader",
-        "_retries",
-        "_sent_at",
-        "_tried",
-        "_upstream",
-        "_waiting",
-        "code",
-        "endpoint",
-        "failure",
-        "has_client_left",
-        "model",
-        "request",
-        "status",
-        "tenant",
-    )
+    # What most calls never change is the class's: a request costs less so.
+    code: str | None = None
+    failure: Failure | None = None
+    endpoint: RoutableEndpoint | None = None  # the last one tried
+    has_client_left = False
+    _asked: Asked
+    _grant: Grant | None = None
+    _waiting: Waiting | None = None
+    _has_place = False
+    _tried: tuple[str, ...] = ()
+    _retries: tuple[Failure, ...] = ()
+    _upstream: Upstream | None = None
+    _connecting: asyncio.Task[None] | None = None
+    _connection: UpstreamConnection | None = None
+    _head: Head | None = None
+    _opening = b""  # of a stream whose first event is not whole yet
+    _events: EventReader | None = None
+    _reader: BodyReader | None = None
+    _hides_usage = False
+    _has_begun = False  # something was sent to the client
+    _is_chunked = False
+    _pieces = 0
+    _overhead = 0.0
+    _first_byte_at = 0.0
+    _sent_at = 0.0
+    _heard_at = 0.0
+    _breaks_at = math.inf
+    _patience = 0.0
 
     def __init__(self, plane: Plane, client: ClientConnection, request: Request, key: ApiKey | None) -> None:
         self._plane = plane
         self._client = client
         self.request = request
+        self._body = request.body
         self._key = key
         self.tenant = key.tenant if key is not None else ""
         self.model = ""
         self.status = CLIENT_LEFT
-        self.code: str | None = None
-        self.failure: Failure | None = None
-        self.has_client_left = False
-        self.endpoint: RoutableEndpoint | None = None  # the last one tried
-        self._phase = Phase.ADMITTED
-        self._asked: Asked
-        self._body = request.body
-        self._grant: Grant | None = None
-        self._waiting: Waiting | None = None
-        self._has_place = False
-        self._tried: tuple[str, ...] = ()
-        self._retries: tuple[Failure, ...] = ()
-        self._upstream: Upstream | None = None
-        self._connecting: asyncio.Task[None] | None = None
-        self._connection: UpstreamConnection | None = None
-        self._head: Head | None = None
-        self._opening = b""
-        self._events: EventReader | None = None
-        self._reader: BodyReader | None = None
-        self._hides_usage = False
-        self._has_begun = False  # something was sent to the client
-        self._is_chunked = False
-        self._pieces = 0
-        self._overhead = 0.0
-        self._first_byte_at = 0.0
-        self._sent_at = 0.0
-        self._heard_at = 0.0
-        self._breaks_at = math.inf
-        self._patience = 0.0
+        self._phase = _ADMITTED
 
     # --- on its way to an upstream ------------------------------------------------------------------------
 
-    def begin(self) -> None:
+    def begin(self, now: float) -> None:
         """The request is whole. Answers it, or sees to it that it will be."""
         try:
-            self._admit()
+            self._admit(now)
         except ApiError as error:
             self.refuse(error)
 
-    def _admit(self) -> None:
+    def _admit(self, now: float) -> None:
         """Raises ApiError."""
         plane, request, key = self._plane, self.request, self._key
         assert key is not None  # or it would have been refused
@@ -187,7 +153,6 @@ class Call:
         if model not in snapshot.models or not may_use(key, model):
             raise model_not_found(model)
         self.model = model
-        now = time.monotonic()
         self._grant = plane.limits.admit(key.tenant, len(request.body), asked.most_tokens, now)
         if asked.stream and request.path in TELLS_USAGE_IF_ASKED and not asks_for_usage(asked):
             self._hides_usage = True
@@ -200,7 +165,7 @@ class Call:
         if rooms.enter(self.model, self.tenant):
             self._take_turn(now)
             return
-        self._phase = Phase.WAITING
+        self._phase = _WAITING
         self._waiting = rooms.wait(
             self.model, self.tenant, self._let_in, self._turned_away, now, is_stream=self._asked.stream
         )
@@ -254,7 +219,7 @@ class Call:
             self._connect(upstream, now)
 
     def _connect(self, upstream: Upstream, now: float) -> None:
-        self._phase = Phase.CONNECTING
+        self._phase = _CONNECTING
         self._connecting = upstream.connect(self)
         self._breaks_at = now + self._plane.options.connect_timeout_seconds
         self._await_silence(now)
@@ -269,7 +234,7 @@ class Call:
 
     def _ask(self, connection: UpstreamConnection, now: float) -> None:
         request, upstream, body = self.request, connection.upstream, self._body
-        self._phase = Phase.ASKED
+        self._phase = _ASKED
         self._connection = connection
         self._sent_at = now
         connection.send(
@@ -302,7 +267,7 @@ class Call:
 
     def body_came(self, piece: bytes) -> None:
         now = self._heard_at = self._plane.now
-        if self._phase is not Phase.ANSWERING:
+        if self._phase is not _ANSWERING:
             self._first_piece(piece)
             return
         self._client.deadline = now + self._patience
@@ -318,7 +283,7 @@ class Call:
     def answer_ended(self, last: bytes) -> None:
         """The answer is whole; `last` is what of it was not told yet."""
         self._connection = None  # it may serve somebody else by now
-        if self._phase is not Phase.ANSWERING:
+        if self._phase is not _ANSWERING:
             if not self._answer_began(last, is_whole=True):
                 return
             last = b""
@@ -364,7 +329,7 @@ class Call:
             upstream.breaker.failed(now)
         else:
             upstream.breaker.succeeded(now)
-        self._phase = Phase.ANSWERING
+        self._phase = _ANSWERING
         options = self._plane.options
         self._patience = options.idle_timeout_seconds
         if events is not None:
@@ -413,7 +378,7 @@ class Call:
     def upstream_lost(self) -> None:
         """The connection ended before the answer did."""
         connection, self._connection = self._connection, None
-        if self._phase is Phase.ANSWERING:
+        if self._phase is _ANSWERING:
             self._break_off(Failure.BROKEN)
             return
         upstream, now = self._upstream, time.monotonic()
@@ -541,11 +506,11 @@ class Call:
         """The client's deadline, which is this call's while there is one."""
         if self._client.is_full:
             self._client.abort()  # it reads nothing
-        elif self._phase is Phase.ANSWERING and now - self._heard_at >= self._plane.options.idle_timeout_seconds:
+        elif self._phase is _ANSWERING and now - self._heard_at >= self._plane.options.idle_timeout_seconds:
             self._break_off(Failure.BROKEN)
-        elif self._phase is Phase.CONNECTING and now >= self._breaks_at:
+        elif self._phase is _CONNECTING and now >= self._breaks_at:
             self._failed(Failure.CONNECT_TIMEOUT)
-        elif self._phase is Phase.ASKED and now >= self._breaks_at:
+        elif self._phase is _ASKED and now >= self._breaks_at:
             self._fail(Failure.LATE)
         else:
             self._comment(now)
@@ -561,7 +526,7 @@ class Call:
     def _comment(self, now: float) -> None:
         """Tell the client, and what is between, that the stream lives. From now on it is one, whatever comes."""
         client = self._client
-        if self._phase is Phase.ANSWERING:
+        if self._phase is _ANSWERING:
             self._breaks_at = self._heard_at + self._plane.options.idle_timeout_seconds
         elif not self._has_begun:
             self._has_begun = True
@@ -617,7 +582,7 @@ class Call:
         self._plane.rooms.leave(self.model, self.tenant)
 
     def _end(self) -> None:
-        self._phase = Phase.OVER
+        self._phase = _OVER
         plane, upstream, now = self._plane, self._upstream, time.monotonic()
         if upstream is not None:
             upstream.in_flight -= 1
@@ -627,7 +592,12 @@ class Call:
         if self._grant is not None:
             self._grant.settle(tokens.prompt + tokens.completion if tokens.is_known else None, now)
         self._count(tokens, now)
-        plane.log.write(
+        if self.status >= 400 or self.failure is not None or not plane.log.is_quiet:
+            self._tell(now)
+        self._client.call_ended()
+
+    def _tell(self, now: float) -> None:
+        self._plane.log.write(
             request_id=self.request.request_id,
             tenant=self.tenant,
             model=self.model,
@@ -641,7 +611,6 @@ class Call:
             seconds=now - self.request.started_at,
             now=now,
         )
-        self._client.call_ended()
 
     def _tokens(self) -> TokenCount:
         if self._events is not None:
@@ -679,15 +648,10 @@ class Call:
                     tokens.completion,
                     tokens.cached,
                     is_aborted,
-                    utc_now().date(),
+                    plane.today,
                 )
-            for kind, count in (
-                ("prompt", tokens.prompt),
-                ("completion", tokens.completion),
-                ("cached", tokens.cached),
-            ):
-                if count:
-                    metrics.tokens(model, tenant, kind, count)
+            if tokens.prompt or tokens.completion:
+                metrics.tokens(model, tenant, tokens.prompt, tokens.completion, tokens.cached)
 
 
 def _of_stream(fields: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:

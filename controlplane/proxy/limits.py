@@ -46,6 +46,7 @@ _BUSY_SECONDS = 0.5  # between two exchanges while others work for the same tena
 _IDLE_SECONDS = 1.0
 _UNLIMITED_SECONDS = 5.0  # no tenant has a limit; well below what a worker is forgotten after
 _LEAST_GAP_SECONDS = 0.05
+_SURE_SECONDS = 0.1
 _ON_ITS_OWN_AFTER_SECONDS = 4.0
 _CONCURRENT_RETRY_SECONDS = 2
 _LONGEST_RETRY_SECONDS = 60
@@ -235,8 +236,12 @@ class _Tenant:
         "_minute_requests",
         "_minute_tokens",
         "_others_used",
+        "_remaining",
         "_reserved",
+        "_resets",
+        "_room",
         "_shared",
+        "_sure_until",
         "_templates",
         "limits",
         "month_base",
@@ -255,6 +260,12 @@ class _Tenant:
         self._left: list[float] = [0.0] * 4  # of this worker's part
         self._others_used = [0] * 4
         self.month_base = 0  # the month's tokens as stored, without those of this process
+        # What was looked up last, kept up by what is taken since: windows only slide towards more room, so that for a
+        # moment this says surely that there is some, and spares a request the arithmetic.
+        self._sure_until = -math.inf
+        self._room: list[float] = [math.inf] * 4
+        self._remaining = [0.0, 0.0]  # of the limits per minute, over all workers: for the headers
+        self._resets = [1, 1]  # in how many seconds all of it is there again
 
     def limit(self, limits: TenantLimits, now: float) -> bool:
         """These hold from now on; says whether that is new. Until the others are heard of, an even part does."""
@@ -267,28 +278,46 @@ class _Tenant:
             if asked[kind] is not None:
                 own = self._own_used(kind, now)
                 self._left[kind] = self._even_part(kind, self._shared.workers) - own
+        self._sure_until = -math.inf
         return True
 
     # --- one request ----------------------------------------------------------------------------------------
 
     def reached(self, now: float) -> int | None:
         """The first kind of limit that leaves nothing; None: there is none."""
-        for kind in _ORDER:
+        if now < self._sure_until:
+            requests, tokens, concurrent, month = self._room
+            if requests >= 1 and tokens >= 1 and concurrent >= 1 and month >= 1:
+                return None
+        return self._look(now)
+
+    def _look(self, now: float) -> int | None:
+        room = self._room
+        for kind in _EVERY:
             limit = self.limits[kind]
-            if limit is not None and self._left_of(kind, limit, now) < 1:
-                return kind
-        return None
+            room[kind] = math.inf if limit is None else self._left_of(kind, limit, now)
+        for kind, window in ((_REQUESTS, self._minute_requests), (_TOKENS, self._minute_tokens)):
+            limit = self.limits[kind]
+            if limit is not None:
+                self._remaining[kind] = limit - window.used(now) - self._others_used[kind]
+                self._resets[kind] = math.ceil(window.seconds_to_empty(now))
+        self._sure_until = now + _SURE_SECONDS
+        return next((kind for kind in _ORDER if room[kind] < 1), None)
 
     def take(self, tokens: int, now: float) -> None:
         self._minute_requests.add(1.0, now)
         self._minute_tokens.add(tokens, now)
         self._concurrent += 1
         self._reserved += tokens
-        left = self._left
-        left[_REQUESTS] -= 1
-        left[_TOKENS] -= tokens
-        left[_CONCURRENT] -= 1
-        left[_MONTH] -= tokens
+        for amounts in (self._left, self._room):
+            amounts[_REQUESTS] -= 1
+            amounts[_TOKENS] -= tokens
+            amounts[_CONCURRENT] -= 1
+            amounts[_MONTH] -= tokens
+        self._remaining[_REQUESTS] -= 1
+        self._remaining[_TOKENS] -= tokens
+        if 0 in self._resets:
+            self._sure_until = -math.inf  # nothing had been used
         if self._shared.workers > 1:
             self._ask_if_low()
 
@@ -296,10 +325,14 @@ class _Tenant:
         self._concurrent -= 1
         self._reserved -= estimate
         self._left[_CONCURRENT] += 1
+        self._room[_CONCURRENT] += 1
         if tokens is not None:
-            self._minute_tokens.add(tokens - estimate, now)
-            self._left[_TOKENS] += estimate - tokens
-            self._left[_MONTH] += estimate - tokens
+            back = estimate - tokens
+            self._minute_tokens.add(-back, now)
+            for amounts in (self._left, self._room):
+                amounts[_TOKENS] += back
+                amounts[_MONTH] += back
+            self._remaining[_TOKENS] += back
 
     def _left_of(self, kind: int, limit: int, now: float) -> float:
         shared = self._shared
@@ -344,6 +377,7 @@ class _Tenant:
         if told is None:
             told = limit_parts.Told(0, (0, 0, 0, 0), (0, 0, 0, 0))
         self._others_used = list(told.used)
+        self._sure_until = -math.inf
         own = [0 if self.limits[kind] is None else max(0, math.ceil(self._own_used(kind, now))) for kind in _EVERY]
         is_used = any(own) or any(told.used)
         silent = max(0, workers - 1 - told.workers)
@@ -365,6 +399,7 @@ class _Tenant:
         return ((own, parts) if is_used and workers > 1 else None), growth
 
     def grow(self, more: list[float]) -> None:
+        self._sure_until = -math.inf
         for kind in _EVERY:
             self._left[kind] += more[kind]
 
@@ -385,12 +420,12 @@ class _Tenant:
 
     def header_lines(self, now: float) -> bytes:
         """OpenAI's `x-ratelimit-` headers, of the limits per minute."""
+        if now >= self._sure_until:
+            self._look(now)
         told = b""
-        for kind, window in ((_REQUESTS, self._minute_requests), (_TOKENS, self._minute_tokens)):
-            limit = self.limits[kind]
-            if limit is not None:
-                remaining = int(limit - window.used(now) - self._others_used[kind])
-                told += self._templates[kind] % (max(0, remaining), math.ceil(window.seconds_to_empty(now)))
+        for kind, template in enumerate(self._templates):
+            if self.limits[kind] is not None:
+                told += template % (max(0, int(self._remaining[kind])), self._resets[kind])
         return told
 
     def _headers(self, now: float) -> Headers:

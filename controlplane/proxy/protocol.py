@@ -34,17 +34,19 @@ from uvicorn.server import ServerState
 
 from controlplane.core.types import ApiKey
 from controlplane.proxy import wire
-from controlplane.proxy.auth import authenticate, credential_of
+from controlplane.proxy.auth import authenticate, credential_of, good_key
 from controlplane.proxy.call import CLIENT_LEFT, Call, Request
 from controlplane.proxy.errors import (
     ApiError,
     BadRequest,
     bad_request,
     head_too_large,
+    invalid_api_key,
     nothing_known_yet,
     request_timeout,
     request_too_large,
 )
+from controlplane.proxy.heads import KnownHead
 from controlplane.proxy.plane import Plane
 from controlplane.proxy.request import request_id_of
 
@@ -103,9 +105,11 @@ class _Incoming:
 
     __slots__ = (
         "body",
+        "credential",
         "expects_continue",
         "fields",
         "head_bytes",
+        "is_plain",
         "is_short",
         "keeps_alive",
         "key",
@@ -127,6 +131,8 @@ class _Incoming:
         self.keeps_alive = True
         self.expects_continue = False
         self.head_bytes = 0
+        self.credential = b""
+        self.is_plain = True  # no coding, no expectation, nothing to do with the connection
         self.is_short = True  # if it is refused, its body is read to its end all the same
         self.body: list[bytes] = []
         self.size = 0
@@ -145,6 +151,7 @@ class ClientConnection(asyncio.Protocol):
         "_incoming",
         "_is_advancing",
         "_is_closing_softly",
+        "_is_deaf",
         "_is_stopping",
         "_parser",
         "_queue",
@@ -153,6 +160,7 @@ class ClientConnection(asyncio.Protocol):
         "config",
         "deadline",
         "is_full",
+        "is_new",
         "keeps_alive",
         "loop",
         "plane",
@@ -179,6 +187,7 @@ class ClientConnection(asyncio.Protocol):
         self.write: Callable[[bytes], None]
         self.deadline = math.inf
         self.keeps_alive = True  # after the answer that is given now
+        self.is_new = True  # no request has been read on it: one may be on its way
         self.is_full = False  # the client does not read as fast as we write
         self._flow: FlowControl | None = None
         self._call: Call | None = None
@@ -189,7 +198,8 @@ class ClientConnection(asyncio.Protocol):
         self._is_advancing = False
         self._is_stopping = False
         self._is_closing_softly = False
-        self._parser: httptools.HttpRequestParser | None = httptools.HttpRequestParser(self)
+        self._is_deaf = False  # nothing more can be read: where the next request begins is not known
+        self._parser: httptools.HttpRequestParser | None = None  # most connections never need one
 
     # --- the event loop's side ----------------------------------------------------------------------------
 
@@ -208,7 +218,16 @@ class ClientConnection(asyncio.Protocol):
             if sum(map(len, self._read_ahead)) > _READ_AHEAD_BYTES:
                 self.transport.pause_reading()
             return
-        self._feed(data)
+        if self._incoming is None and not self._is_deaf:
+            found = self.plane.heads.find(data)
+            if found is not None:
+                self._begin_known(*found)
+                return
+            self._feed(data)
+            if len(self._queue) == 1 and self._incoming is None:
+                self._remember(data, self._queue[0])
+        else:
+            self._feed(data)
         self._advance()
 
     def eof_received(self) -> bool:
@@ -274,9 +293,9 @@ class ClientConnection(asyncio.Protocol):
     # --- reading ------------------------------------------------------------------------------------------
 
     def _feed(self, data: bytes) -> None:
-        parser = self._parser
-        if parser is None:
+        if self._is_deaf:
             return
+        parser = self._parser = self._parser or httptools.HttpRequestParser(self)
         if (incoming := self._incoming) is not None:
             incoming.head_bytes += len(data)
         try:
@@ -377,10 +396,13 @@ class ClientConnection(asyncio.Protocol):
             elif name == b"x-api-key":
                 x_api_key = value
             elif name == b"expect":
+                incoming.is_plain = False
                 incoming.expects_continue = value.lower() == b"100-continue"
             elif name == b"connection":
                 hops = value.lower()
+                incoming.is_plain = incoming.is_plain and hops == b"keep-alive"
             elif name == b"transfer-encoding":
+                incoming.is_plain = False
                 _check_coding(value, incoming.version)
         request.request_id = request_id_of(request_id)
         request.is_http_10 = incoming.version == "1.0"
@@ -394,7 +416,8 @@ class ClientConnection(asyncio.Protocol):
         snapshot = self.plane.directory.snapshot
         if snapshot is None:
             raise nothing_known_yet()
-        incoming.key = authenticate(credential_of(authorization, x_api_key), snapshot.keys)
+        incoming.credential = credential_of(authorization, x_api_key) or b""
+        incoming.key = authenticate(incoming.credential, snapshot.keys)
         if size > self.plane.options.max_body_bytes:
             raise request_too_large(self.plane.options.max_body_bytes)
 
@@ -418,20 +441,58 @@ class ClientConnection(asyncio.Protocol):
             return
         self._queue.append(incoming)
 
+    # --- heads that are known -----------------------------------------------------------------------------
+
+    def _remember(self, data: bytes, incoming: _Incoming) -> None:
+        """The request that `data` is, if another one with such a head would mean the same."""
+        request = incoming.request
+        if (
+            request is not None
+            and incoming.refusal is None
+            and incoming.keeps_alive
+            and incoming.is_plain
+            and not request.is_http_10
+        ):
+            self.plane.heads.learn(
+                data, KnownHead(request.path, request.query, request.headers, request.fields, incoming.credential)
+            )
+
+    def _begin_known(self, head: KnownHead, body: bytes) -> None:
+        now = time.monotonic()
+        plane = self.plane
+        self.is_new = False
+        self.keeps_alive = not self._is_stopping
+        self.deadline = math.inf
+        request = Request(head.path, head.query, started_at=now)
+        request.fields = head.fields
+        request.headers = head.headers
+        request.request_id = request_id_of(None)
+        request.body = body
+        snapshot = plane.directory.snapshot
+        key = None if snapshot is None else good_key(head.credential_hash, snapshot.keys)
+        self._call = call = Call(plane, self, request, key)
+        if key is None:
+            call.refuse(nothing_known_yet() if snapshot is None else invalid_api_key())
+        elif len(body) > plane.options.max_body_bytes:
+            call.refuse(request_too_large(plane.options.max_body_bytes))
+        else:
+            call.begin(now)
+
     # --- answering ----------------------------------------------------------------------------------------
 
     def _begin(self, incoming: _Incoming) -> None:
         # a parser that cannot go on: this is the last one, but for those that wait already
-        can_go_on = self._parser is not None or bool(self._queue)
+        self.is_new = False
+        can_go_on = not self._is_deaf or bool(self._queue)
         self.keeps_alive = incoming.keeps_alive and not self._is_stopping and can_go_on
         request, body = incoming.request, incoming.body
         if request is not None:
             request.body = body[0] if len(body) == 1 else b"".join(body)
-            request.received_at = time.monotonic()
+            now = request.received_at = time.monotonic()
             self.deadline = math.inf
             self._call = call = Call(self.plane, self, request, incoming.key)
             if incoming.refusal is None:
-                call.begin()
+                call.begin(now)
             else:
                 call.refuse(incoming.refusal)
         elif incoming.refusal is not None:
@@ -450,7 +511,8 @@ class ClientConnection(asyncio.Protocol):
         incoming = incoming or _Incoming()
         incoming.refusal = error
         incoming.keeps_alive = False
-        self._incoming = self._parser = None
+        self._incoming = None
+        self._is_deaf = True
         self._queue.append(incoming)
 
     def _serve_by_application(self, incoming: _Incoming) -> None:
@@ -521,7 +583,7 @@ class ClientConnection(asyncio.Protocol):
         if self.keeps_alive:
             self.deadline = self.plane.now + self.config.timeout_keep_alive
             self._advance()
-        elif self._parser is None and not self._is_stopping:
+        elif self._is_deaf and not self._is_stopping:
             self._close_softly()
         else:
             self.transport.close()

@@ -16,6 +16,7 @@ _TAIL_BYTES = 8192  # of an answer that came in pieces: its usage is near the en
 _LARGEST_READ_WHOLE = 65536
 _LONGEST_EVENT = 65536  # a longer one is passed on unread
 _ABSENT = msgspec.Raw()
+_USAGE = b'"usage"'
 _END_OF_EVENT = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 
 
@@ -115,7 +116,7 @@ class BodyReader:
             except msgspec.MsgspecError:
                 pass
             return
-        at = self._tail.rfind(b'"usage"')
+        at = self._tail.rfind(_USAGE)
         start = self._tail.find(b"{", at)
         if at < 0 or start < 0:
             return
@@ -144,25 +145,27 @@ class EventReader:
     def feed(self, piece: bytes) -> bytes:
         """What of the stream may be passed on now."""
         if not self.tail and piece.endswith(b"\n\n"):
-            return self._read(piece) if b'"usage"' in piece else piece
+            return self._read(piece) if _USAGE in piece else piece
         piece = self.tail + piece
         cut = _end_of_last_event(piece)
         if len(piece) - cut > _LONGEST_EVENT:
             cut = len(piece)
         self.tail = piece[cut:]
         piece = piece[:cut]
-        return self._read(piece) if b'"usage"' in piece else piece
+        return self._read(piece) if _USAGE in piece else piece
 
     def _read(self, events: bytes) -> bytes:
-        kept: list[bytes] = []
-        start = 0
-        for match in _END_OF_EVENT.finditer(events):
-            event = events[start : match.end()]
-            start = match.end()
-            if not (b'"usage"' in event and self._is_to_hide(event)):
-                kept.append(event)
-        kept.append(events[start:])
-        return b"".join(kept)
+        """Look at the events that speak of usage, which are few, and leave out what is hidden."""
+        at = events.find(_USAGE)
+        while at >= 0:
+            start = _end_of_last_event(events[:at])
+            match = _END_OF_EVENT.search(events, at)
+            end = len(events) if match is None else match.end()
+            if self._is_to_hide(events[start:end]):
+                events = events[:start] + events[end:]
+                end = start
+            at = events.find(_USAGE, end)
+        return events
 
     def _is_to_hide(self, event: bytes) -> bool:
         try:
@@ -175,6 +178,8 @@ class EventReader:
 
 def first_event(piece: bytes) -> bytes | None:
     """The first event of a stream that is not a comment, or None if it is not whole yet."""
+    if piece.startswith(b"data:") and (end := piece.find(b"\n\n")) >= 0:
+        return piece[: end + 2]
     start = 0
     for match in _END_OF_EVENT.finditer(piece):
         event = piece[start : match.end()]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Mapping
 from typing import Protocol, cast
@@ -45,15 +46,14 @@ _INFORMATIONAL = 200  # statuses below are interim answers
 class Head:
     """The status line and headers of an answer, as far as the client may see them."""
 
-    __slots__ = ("content_length", "fields", "is_event_stream", "is_framed", "names_hops", "status")
+    status = 0
+    content_length: int | None = None
+    is_framed = False  # its end is told by a length or by chunks, not by the end of the connection
+    is_event_stream = False
+    names_hops: bytes | None = None  # what the `Connection` header says
 
     def __init__(self) -> None:
-        self.status = 0
         self.fields: list[tuple[bytes, bytes]] = []
-        self.content_length: int | None = None
-        self.is_framed = False  # its end is told by a length or by chunks, not by the end of the connection
-        self.is_event_stream = False
-        self.names_hops: bytes | None = None  # what the `Connection` header says
 
 
 class Caller(Protocol):
@@ -302,7 +302,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.is_fresh = False
         # before the call is told: the same client's next request may follow at once
         if self._is_reusable and not self._is_overrun and not self.transport.is_closing():
-            self.upstream.keep(self, asyncio.get_running_loop().time())
+            self.upstream.keep(self, time.monotonic())
         else:
             self.transport.close()
         caller.answer_ended(last)

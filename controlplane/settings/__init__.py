@@ -5,6 +5,5 @@ that names every wrong key. Only the roof reads settings; rooms are given small 
 """
 
 from controlplane.settings.environment import Fault, Settings, SettingsError, Variable, variables
-from controlplane.settings.sections import MAX_WORKERS
 
-__all__ = ["MAX_WORKERS", "Fault", "Settings", "SettingsError", "Variable", "variables"]
+__all__ = ["Fault", "Settings", "SettingsError", "Variable", "variables"]

@@ -24,6 +24,7 @@ import sys
 import time
 from asyncio.subprocess import DEVNULL, Process
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 from loguru import logger
@@ -76,7 +77,12 @@ class Supervisor:
         """Have a worker at this place until all shall stop."""
         short_lives = 0
         while not self._stopping.is_set():
-            worker = await self._start(number, tasks)
+            try:
+                worker = await self._start(number, tasks)
+            except OSError as error:
+                logger.error("a worker cannot be started; trying again", number=number, error=str(error))
+                await _within(_FIRST_PAUSE_SECONDS, self._stopping)
+                continue
             await _first_of(worker.leaves, self._stopping)
             if not self._stopping.is_set() and worker.ended.is_set():
                 short_lives = short_lives + 1 if worker.age_seconds < _SHORT_LIFE_SECONDS else 0
@@ -183,9 +189,11 @@ class _Worker:
 
     @classmethod
     async def start(cls, number: int, listening: socket.socket) -> _Worker:
+        """Raises OSError."""
         ours, theirs = socket.socketpair()
         handed = (listening.fileno(), theirs.fileno())
-        with theirs:
+        with theirs, ExitStack() as undo:
+            undo.callback(ours.close)
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 *("-P", "-m", "controlplane.workers", str(number), *map(str, handed)),
@@ -194,6 +202,7 @@ class _Worker:
                 start_new_session=True,
                 env=_environment(os.environ),
             )
+            undo.pop_all()
         return cls(number, process, await Channel.over(ours))
 
     @property

@@ -237,11 +237,8 @@ def test_a_signal_to_the_whole_group_counts_once(database_url: str, tmp_path: Pa
 
 
 def test_a_second_signal_ends_every_worker_at_once(database_url: str, tmp_path: Path) -> None:
-    with serving_workers(tmp_path, database_url, tokens_per_second=1) as (serve, key), httpx.Client() as client:
-        body = chat(stream=True, max_tokens=1000)
-        with client.stream("POST", f"{serve.proxy}{CHAT}", json=body, headers=bearer(key)) as answer:
-            lines = answer.iter_lines()
-            assert next(lines).startswith("data: ")
+    with serving_workers(tmp_path, database_url, tokens_per_second=1) as (serve, key):
+        with one_endless_stream(serve, key) as lines:
             pids = workers_of(serve)
             serve.process.send_signal(signal.SIGTERM)
             eventually_sync(lambda: serve.said("stopping"), timeout_seconds=SECONDS)
@@ -250,6 +247,42 @@ def test_a_second_signal_ends_every_worker_at_once(database_url: str, tmp_path: 
                 list(lines)
         assert serve.wait() == 128 + signal.SIGTERM
         assert all(map(is_gone, pids))
+
+
+@contextmanager
+def one_endless_stream(serve: Serve, key: str) -> Iterator[Iterator[str]]:
+    """A stream that has begun; its lines."""
+    body = chat(stream=True, max_tokens=1000)
+    with (
+        httpx.Client(timeout=SECONDS) as client,
+        client.stream("POST", f"{serve.proxy}{CHAT}", json=body, headers=bearer(key)) as answer,
+    ):
+        lines = answer.iter_lines()
+        assert next(lines).startswith("data: ")
+        yield lines
+
+
+def test_the_drain_timeout_ends_what_does_not_end_by_itself(database_url: str, tmp_path: Path) -> None:
+    limit = {"CONTROLPLANE_PROXY__DRAIN_TIMEOUT_SECONDS": "1"}
+    with (
+        serving_workers(tmp_path, database_url, tokens_per_second=1, **limit) as (serve, key),
+        one_endless_stream(serve, key),
+    ):
+        serve.process.send_signal(signal.SIGTERM)
+        assert serve.wait() == 0
+        assert not serve.said("did not end in time")
+
+
+def test_a_worker_that_hangs_at_the_end_is_killed_and_the_exit_code_tells(database_url: str, tmp_path: Path) -> None:
+    limit = {"CONTROLPLANE_PROXY__DRAIN_TIMEOUT_SECONDS": "1"}
+    with serving_workers(tmp_path, database_url, tokens_per_second=1000, **limit) as (serve, _):
+        [frozen] = list(workers_of(serve))[:1]
+        os.kill(frozen, signal.SIGSTOP)
+        serve.process.send_signal(signal.SIGTERM)
+        assert serve.wait() == 1
+        [told] = serve.said("did not end in time")
+        assert told["pid"] == frozen
+        assert is_gone(frozen)
 
 
 def test_workers_whose_supervisor_is_killed_finish_their_streams_and_end(database_url: str, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_histograms_and_counters_are_the_text_that_prometheus_client_makes_of_th
 def test_a_registry_tells_the_same_as_the_exposition() -> None:
     registry = CollectorRegistry()
     metrics = ProxyMetrics(registry)
-    metrics.tokens("m", "t", "prompt", 7)
+    metrics.tokens("m", "t", 7, 0, 0)
     metrics.in_flight["m"] += 2
     metrics.held_requests = lambda: {"m": 3}
     metrics.limited_requests = lambda: {("t", "requests"): 4}
