@@ -22,7 +22,14 @@ import uvicorn
 from prometheus_client import CollectorRegistry
 
 from controlplane.clock import utc_now
-from controlplane.core.types import ExternalEndpoint, Health, Replica, ReplicaSetSpec, SlurmResources
+from controlplane.core.types import (
+    ExternalEndpoint,
+    Health,
+    Replica,
+    ReplicaSetSpec,
+    RoutingPolicy,
+    SlurmResources,
+)
 from controlplane.db import Database, DatabaseOptions, endpoints, keys, replica_sets, replicas
 from controlplane.metrics import ProxyMetrics
 from controlplane.proxy import Proxy, ProxyOptions, create_app
@@ -196,12 +203,15 @@ async def opened(url: str, *, timeout_seconds: float = SECONDS) -> AsyncIterator
         yield db
 
 
-async def make_routable(db: Database, *urls: str, model: str = MODEL, api_key: str | None = None) -> str:
+async def make_routable(
+    db: Database, *urls: str, model: str = MODEL, api_key: str | None = None, max_in_flight: int | None = None
+) -> str:
     """An external replica set whose endpoints have all passed their probes. Returns its name."""
     spec = ReplicaSetSpec(
         name="set-" + model.lower().replace("/", "-"),
         model=model,
         endpoints=tuple(ExternalEndpoint(url, api_key) for url in urls),
+        routing=RoutingPolicy(max_in_flight=max_in_flight),
     )
     now = utc_now()
     await replica_sets.apply(db, spec, actor="test", now=now)
