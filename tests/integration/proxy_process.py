@@ -72,16 +72,11 @@ class ProxyProcess:
 
 @asynccontextmanager
 async def proxy_process(
-    directory: Path,
-    database_url: str,
-    *urls: str,
-    model: str = MODEL,
-    max_in_flight: int | None = None,
-    **settings: str,
+    directory: Path, database_url: str, *urls: str, model: str = MODEL, **settings: str
 ) -> AsyncIterator[ProxyProcess]:
     """A proxy before these upstreams, which serve the model. Settings are variables of the environment."""
     async with opened(database_url) as db:
-        await make_routable(db, *urls, model=model, max_in_flight=max_in_flight)
+        await make_routable(db, *urls, model=model)
         key = await make_key(db)
     settings = {"CONTROLPLANE_LOG__LEVEL": "warning", **settings}
     with serving(directory, database_url, "--role", "proxy", **settings) as serve:

@@ -13,7 +13,7 @@ from tests.conftest import eventually
 from tests.integration.arrivals import CUT, WHOLE, Arrivals
 from tests.integration.not_yet import not_yet
 from tests.integration.proxy_process import proxy_process
-from tests.integration.proxy_rig import opened
+from tests.integration.proxy_rig import make_routable, opened
 from tests.integration.test_fake_vllm import running_fake
 
 GREEDY_AT_ONCE = 500
@@ -29,7 +29,9 @@ async def test_500_requests_of_a_greedy_tenant_raise_anothers_p95_by_at_most_a_f
     with running_fake("--tokens-per-second", "20", "--max-num-seqs", str(RUNS_AT_ONCE)) as fake:
         async with opened(database_url) as db:
             polite, _ = await keys.create(db, "polite", models=None, expires_at=None, actor="test", now=utc_now())
-        async with proxy_process(tmp_path, database_url, fake.url, max_in_flight=RUNS_AT_ONCE) as proxy:
+        async with proxy_process(tmp_path, database_url, fake.url) as proxy:
+            async with opened(database_url) as db:  # of a server that is not ours its arguments are not known
+                await make_routable(db, fake.url, max_in_flight=RUNS_AT_ONCE)
             alone = await p95_seconds(Arrivals(proxy.port, polite))
             greedy = Arrivals(proxy.port, proxy.key, limit_seconds=120)
             is_over = asyncio.Event()
