@@ -12,8 +12,8 @@ SYSTEM_PYTHON = $(shell for python in /usr/bin/python3 python3; do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slurm-matrix sim sim-mutations kill-rounds hand-over bench-webhooks check lock clean fuzz outage \
-	packages python
+.PHONY: help setup demo test test-slurm-matrix sim sim-mutations kill-rounds hand-over bench-webhooks bench-proxy \
+	bench-proxy-peers bench-idle-streams soak outage fuzz check lock clean packages bench-packages node-packages python
 
 SEEDS := 1000
 
@@ -25,7 +25,7 @@ setup: packages $(INSTALLED) $(JS_INSTALLED) ## install Debian's packages, Pytho
 demo: packages $(INSTALLED) ## show the whole loop on this machine: an alert, Slurm jobs, requests, and back
 	@$(VENV)/bin/controlplane demo
 
-test: setup ## run all tests, on real PostgreSQL, Slurm, Prometheus and Alertmanager
+test: setup bench-packages ## run all tests, on real PostgreSQL, Slurm, Prometheus and Alertmanager
 	@$(VENV)/bin/pytest -n 2
 
 sim: setup ## live SEEDS=1000 simulated worlds full of faults, or tell one of them: SEED=4711
@@ -45,13 +45,27 @@ outage: setup ## stop PostgreSQL for SECONDS=120 under load, and count the reque
 test-slurm-matrix: setup ## run the tests that talk to Slurm on three releases of it; fetches two from Debian once
 	@$(PYTHON) -m tests.e2e.slurm_matrix
 
-ROUNDS := 100
+ROUNDS :=
 SEED :=
-kill-rounds: setup ## kill the control plane ROUNDS times at random moments; SEED repeats a run
-	@$(PYTHON) -m tests.e2e.kill_rounds --rounds $(ROUNDS) $(if $(SEED),--seed $(SEED))
+kill-rounds: setup ## kill the control plane ROUNDS=100 times at random moments; SEED repeats a run
+	@$(PYTHON) -m tests.e2e.kill_rounds --rounds $(or $(ROUNDS),100) $(if $(SEED),--seed $(SEED))
 
 bench-webhooks: setup ## offer 1,000 webhook posts a second for 10 s, and look for each accepted one in the database
 	@$(PYTHON) -m tests.benchmarks.webhooks
+
+QUICK :=
+ONLY :=
+bench-proxy: setup bench-packages ## measure the proxy beside nginx and haproxy, ROUNDS=3 times; QUICK=1: in a minute
+	@$(PYTHON) -m tests.benchmarks.proxy --rounds $(or $(ROUNDS),3) $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY))
+
+bench-proxy-peers: setup bench-packages ## the same beside LiteLLM, vllm-router, sglang-router and production-stack's router
+	@$(PYTHON) -m tests.benchmarks.peers --rounds $(or $(ROUNDS),3) $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY))
+
+bench-idle-streams: setup bench-packages ## hold STREAMS=10000 idle streams on one worker, and tell what one costs
+	@$(PYTHON) -m tests.benchmarks.idle_streams --streams $(or $(STREAMS),10000)
+
+soak: setup bench-packages ## load the proxy for MINUTES=30 in every way, and see that nothing grows
+	@$(PYTHON) -m tests.benchmarks.soak --minutes $(or $(MINUTES),30)
 
 hand-over: setup ## show three generations of walltimes of two minutes end under load; takes six minutes
 	@HAND_OVER_GENERATIONS=3 $(VENV)/bin/pytest -q --capture=no --log-cli-level=ERROR tests/e2e/test_hand_over.py -k generations
@@ -74,6 +88,12 @@ clean: ## remove what was built and installed here
 packages:
 	@controlplane/demo/debian-packages.sh
 
+bench-packages:
+	@controlplane/demo/debian-packages.sh benchmarks
+
+node-packages:
+	@controlplane/demo/debian-packages.sh node
+
 python: $(INSTALLED)
 
 # a venv that does not run, after a move or with another Python, is made anew
@@ -88,7 +108,7 @@ $(INSTALLED): requirements.lock pyproject.toml | packages
 		&& $(PYTHON) -m pip install -q --no-deps -e .
 	@touch $@
 
-$(JS_INSTALLED): $(JS_SDK)/package.json | packages
+$(JS_INSTALLED): $(JS_SDK)/package.json | node-packages
 	@echo "Installing OpenAI's JavaScript SDK into $(JS_SDK)/node_modules ..."
 	@npm install --prefix $(JS_SDK) --silent --no-package-lock --no-audit --no-fund --ignore-scripts \
 		|| { echo "npm could not install OpenAI's JavaScript SDK: the tests need an npm registry that can be reached" >&2; \

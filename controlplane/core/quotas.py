@@ -52,10 +52,13 @@ class SlidingMinute:
     def seconds_to_empty(self, now: float) -> float:
         """How long until nothing counts any more, if nothing is added. At most 120."""
         self._turn(now)
-        to_next = (self._minute + 1) * MINUTE_SECONDS - now
         if self._current > 0.0:
-            return to_next + MINUTE_SECONDS
-        return to_next if self._before else 0.0
+            return self.longest_seconds(now)
+        return (self._minute + 1) * MINUTE_SECONDS - now if self._before else 0.0
+
+    def longest_seconds(self, now: float) -> float:
+        """How long what is added now counts."""
+        return (int(now // MINUTE_SECONDS) + 2) * MINUTE_SECONDS - now
 
     def _turn(self, now: float) -> None:
         minute = int(now // MINUTE_SECONDS)

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Installs what the demo and the tests run for real, from Debian's own archive, if anything of it is missing.
+# Installs what the demo and the tests run for real, from Debian's own archive, if anything of it is missing; with the
+# word `benchmarks`, what the benchmarks of the proxy need beside it; with `node`, what OpenAI's JavaScript SDK runs on.
 # The packages' daemons are not started, now or at the next boot: the demo and the tests start their own. What was
 # installed before is left as it is.
 # Takes no time when nothing is missing. Ends with an error, and a sentence, when something cannot be had.
@@ -11,14 +12,28 @@ services="slurmctld slurmd slurmrestd munge postgresql prometheus prometheus-ale
 programs="slurmctld slurmd slurmrestd munged munge scontrol squeue sbatch prometheus promtool prometheus-alertmanager
     amtool python3 setpriv flock curl ps"
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
-# any Node will do, with its npm: for the tests with OpenAI's JavaScript SDK
-command -v node >/dev/null && command -v npm >/dev/null || packages="$packages nodejs npm"
-programs="$programs node npm"
+purpose=demo
+case " $* " in
+*" benchmarks "*)
+    purpose=benchmarks
+    packages="nginx haproxy gcc libc6-dev util-linux"
+    services="nginx haproxy"
+    programs="nginx haproxy cc setpriv taskset"
+    ;;
+*" node "*)
+    purpose=node
+    packages="nodejs npm"  # any Node will do, with its npm: for the tests with OpenAI's JavaScript SDK
+    services=
+    programs="node npm"
+    ;;
+esac
 
 missing() {
     for name in $programs; do
         command -v "$name" >/dev/null || printf '%s ' "$name"
     done
+    [ $purpose != benchmarks ] || [ -e /usr/include/stdio.h ] || printf 'stdio.h '
+    [ $purpose = demo ] || return 0
     ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || printf 'initdb '
     ls /usr/lib/*/slurm-wlm/auth_jwt.so >/dev/null 2>&1 || printf 'auth_jwt.so '
     # another Python than Debian's brings its own venv
@@ -71,11 +86,11 @@ command -v apt-get >/dev/null || {
 }
 echo "Missing: $lacking- installing Debian's packages ..."
 if [ "$(id -u)" = 0 ]; then
-    "$0" install-as-root
+    "$0" install-as-root "$@"
 elif sudo -n true 2>/dev/null; then
-    sudo -n "$0" install-as-root
+    sudo -n "$0" install-as-root "$@"
 else
-    echo "This needs root. Run: sudo $0" >&2
+    echo "This needs root. Run: sudo $0 $*" >&2
     exit 1
 fi
 lacking=$(missing)

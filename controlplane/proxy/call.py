@@ -33,7 +33,7 @@ from controlplane.proxy.errors import (
     upstream_timeout,
 )
 from controlplane.proxy.request import Asked, asks_for_usage, read_asked, with_usage_asked_for
-from controlplane.proxy.tokens import BodyReader, EventReader, TokenCount, error_in, first_event
+from controlplane.proxy.tokens import BodyReader, EventReader, TokenCount, error_in, first_event, tokens_of
 from controlplane.proxy.upstreams import Head, Upstream, UpstreamConnection
 
 if TYPE_CHECKING:
@@ -53,12 +53,9 @@ _STALE_SECONDS = 1.0  # a server that had closed an idle connection says so as s
 _LONGEST_OPENING = 65536  # of a stream whose first event is not whole
 _BYTES_A_TOKEN = 4  # about; only where nobody has counted
 _COMMENT = b": keep-alive\n\n"
-_EVENT_STREAM = (
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-)
-_SAID_OF_STREAMS = frozenset({b"cache-control", b"x-accel-buffering"})
+_EVENT_STREAM = b"content-type: text/event-stream; charset=utf-8\r\n"
+_NOT_GATHERED = b"cache-control: no-cache\r\nx-accel-buffering: no\r\n"  # by what is between us and the client
+_SAID_OF_STREAMS = (b"cache-control:", b"x-accel-buffering:")
 CLIENT_LEFT = 499  # for metrics and the log: nobody was answered
 
 
@@ -110,6 +107,7 @@ class Call:
     _opening = b""  # of a stream whose first event is not whole yet
     _events: EventReader | None = None
     _reader: BodyReader | None = None
+    _tokens: TokenCount | None = None  # of an answer that came at once
     _hides_usage = False
     _has_begun = False  # something was sent to the client
     _is_chunked = False
@@ -262,8 +260,6 @@ class Call:
             return
         if head.status == 200 and head.is_event_stream:
             self._events = EventReader(hides_usage=self._hides_usage)
-        else:
-            self._reader = BodyReader()
 
     def body_came(self, piece: bytes) -> None:
         now = self._heard_at = self._plane.now
@@ -336,8 +332,12 @@ class Call:
             self._patience = min(self._patience, options.keepalive_comment_seconds)
         self._client.deadline = now + self._patience
         self._heard_at = now
-        if self._reader is not None:
-            self._reader.feed(piece)
+        if events is None:
+            if is_whole:
+                self._tokens = tokens_of(piece)
+            else:
+                self._reader = BodyReader()
+                self._reader.feed(piece)
         if self._has_begun:  # with a comment
             self._client.write(wire.chunk(piece) if self._is_chunked and piece else piece)
             return True
@@ -349,7 +349,7 @@ class Call:
             % (
                 wire.STATUS_LINES.get(head.status) or wire.status_line(head.status),
                 self._client.default_lines,
-                wire.lines(head.fields if events is None else _of_stream(head.fields)),
+                b"".join(head.lines if events is None else _of_stream(head.lines)),
                 b"" if self._grant is None else self._grant.headers,
                 self.request.request_id,
                 framing,
@@ -539,7 +539,7 @@ class Call:
                 % (
                     wire.STATUS_LINES[200],
                     client.default_lines,
-                    wire.lines(_EVENT_STREAM),
+                    _EVENT_STREAM + _NOT_GATHERED,
                     self.request.request_id,
                     wire.CHUNKED if self._is_chunked else b"",
                     b"" if client.keeps_alive else wire.CLOSE,
@@ -588,9 +588,9 @@ class Call:
             upstream.in_flight -= 1
         if self._has_place:
             self._give_place_back()
-        tokens = self._tokens()
+        tokens = self._tokens or self._read_tokens()
         if self._grant is not None:
-            self._grant.settle(tokens.prompt + tokens.completion if tokens.is_known else None, now)
+            self._grant.settle(tokens.prompt + tokens.completion if tokens.is_known else None)
         self._count(tokens, now)
         if self.status >= 400 or self.failure is not None or not plane.log.is_quiet:
             self._tell(now)
@@ -612,7 +612,7 @@ class Call:
             now=now,
         )
 
-    def _tokens(self) -> TokenCount:
+    def _read_tokens(self) -> TokenCount:
         if self._events is not None:
             return self._events.tokens
         if self._reader is not None:
@@ -654,8 +654,6 @@ class Call:
                 metrics.tokens(model, tenant, tokens.prompt, tokens.completion, tokens.cached)
 
 
-def _of_stream(fields: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+def _of_stream(lines: list[bytes]) -> list[bytes]:
     """An event stream's headers, saying that nothing in between shall keep or gather it."""
-    kept = [field for field in fields if field[0] not in _SAID_OF_STREAMS]
-    kept += _EVENT_STREAM[1:]
-    return kept
+    return [*(line for line in lines if not line.startswith(_SAID_OF_STREAMS)), _NOT_GATHERED]

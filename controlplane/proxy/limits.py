@@ -56,17 +56,21 @@ Tally = Callable[[str, date], tuple[int, int]]
 
 
 class Grant:
-    """One admitted request. `headers`: lines for its answer."""
+    """One admitted request."""
 
-    __slots__ = ("_estimate", "_is_settled", "_tenant", "headers")
+    __slots__ = ("_estimate", "_is_settled", "_tenant")
 
-    def __init__(self, tenant: _Tenant, estimate: int, headers: bytes) -> None:
+    def __init__(self, tenant: _Tenant, estimate: int) -> None:
         self._tenant = tenant
         self._estimate = estimate
         self._is_settled = False
-        self.headers = headers
 
-    def settle(self, tokens: int | None, now: float) -> None:
+    @property
+    def headers(self) -> bytes:
+        """Lines for the answer."""
+        return self._tenant.header_lines()
+
+    def settle(self, tokens: int | None) -> None:
         """The request has ended. `tokens`: prompt and completion; None: not known, so the estimate stays.
 
         Call it after what it used was recorded as usage; again is harmless.
@@ -74,7 +78,7 @@ class Grant:
         if self._is_settled:
             return
         self._is_settled = True
-        self._tenant.settle(self._estimate, tokens, now)
+        self._tenant.settle(self._estimate, tokens)
 
 
 class Limits:
@@ -131,14 +135,13 @@ class Limits:
         found = self._tenants.get(tenant)
         if found is None:
             return None
-        reached = found.reached(now)
-        if reached is not None:
+        if found.is_unsure(now) and (reached := found.look(now)) is not None:
             self.refused[tenant, _KINDS[reached]] += 1
             raise found.refusal(reached, now)
         wanted = DEFAULT_COMPLETION_TOKENS if max_tokens is None else max(0, min(max_tokens, _MOST_COMPLETION_TOKENS))
         estimate = body_bytes // _BYTES_PER_TOKEN + wanted
-        found.take(estimate, now)
-        return Grant(found, estimate, found.header_lines(now))
+        found.take(estimate)
+        return Grant(found, estimate)
 
     async def run(self) -> None:
         """Exchange until cancelled."""
@@ -232,6 +235,7 @@ class _Tenant:
 
     __slots__ = (
         "_concurrent",
+        "_concurrent_before",
         "_left",
         "_minute_requests",
         "_minute_tokens",
@@ -239,10 +243,15 @@ class _Tenant:
         "_remaining",
         "_reserved",
         "_resets",
-        "_room",
         "_shared",
+        "_sure_concurrent",
+        "_sure_requests",
+        "_sure_tokens",
         "_sure_until",
-        "_templates",
+        "_taken_at",
+        "_taken_requests",
+        "_taken_tokens",
+        "_template",
         "limits",
         "month_base",
         "name",
@@ -252,7 +261,7 @@ class _Tenant:
         self.name = name
         self._shared = shared
         self.limits: tuple[int | None, ...] = (None,) * 4
-        self._templates: list[bytes] = []
+        self._template = b""
         self._minute_requests = SlidingMinute()
         self._minute_tokens = SlidingMinute()
         self._concurrent = 0
@@ -260,20 +269,25 @@ class _Tenant:
         self._left: list[float] = [0.0] * 4  # of this worker's part
         self._others_used = [0] * 4
         self.month_base = 0  # the month's tokens as stored, without those of this process
-        # What was looked up last, kept up by what is taken since: windows only slide towards more room, so that for a
-        # moment this says surely that there is some, and spares a request the arithmetic.
+        # What was looked up last, and what was taken since: windows only slide towards more room, so that for a moment
+        # this says surely that there is some, and spares a request the arithmetic.
         self._sure_until = -math.inf
-        self._room: list[float] = [math.inf] * 4
-        self._remaining = [0.0, 0.0]  # of the limits per minute, over all workers: for the headers
-        self._resets = [1, 1]  # in how many seconds all of it is there again
+        self._sure_requests = self._sure_tokens = self._sure_concurrent = 0.0
+        self._taken_requests = self._taken_tokens = 0
+        self._taken_at = 0.0
+        self._concurrent_before = 0
+        self._remaining = [0.0, 0.0]  # of the limits per minute, over all workers, at that time: for the headers
+        self._resets = [0, 0]  # in how many seconds all of it is there again
 
     def limit(self, limits: TenantLimits, now: float) -> bool:
         """These hold from now on; says whether that is new. Until the others are heard of, an even part does."""
         asked = (limits.requests_per_minute, limits.tokens_per_minute, limits.max_concurrent, limits.monthly_tokens)
         if asked == self.limits:
             return False
+        self._catch_up(now)
         self.limits = asked
-        self._templates = [_template(word, limit) for word, limit in zip((b"requests", b"tokens"), asked, strict=False)]
+        words = zip((b"requests", b"tokens"), asked, strict=False)
+        self._template = b"".join(_template(word, limit) for word, limit in words)
         for kind in _EVERY:
             if asked[kind] is not None:
                 own = self._own_used(kind, now)
@@ -283,56 +297,60 @@ class _Tenant:
 
     # --- one request ----------------------------------------------------------------------------------------
 
-    def reached(self, now: float) -> int | None:
-        """The first kind of limit that leaves nothing; None: there is none."""
-        if now < self._sure_until:
-            requests, tokens, concurrent, month = self._room
-            if requests >= 1 and tokens >= 1 and concurrent >= 1 and month >= 1:
-                return None
-        return self._look(now)
+    def is_unsure(self, now: float) -> bool:
+        """Whether it takes a `look` to know that there is room for one more."""
+        return (
+            now >= self._sure_until
+            or self._taken_requests + 1 > self._sure_requests
+            or self._taken_tokens + 1 > self._sure_tokens
+            or self._concurrent + 1 > self._sure_concurrent
+        )
 
-    def _look(self, now: float) -> int | None:
-        room = self._room
-        for kind in _EVERY:
-            limit = self.limits[kind]
-            room[kind] = math.inf if limit is None else self._left_of(kind, limit, now)
+    def look(self, now: float) -> int | None:
+        """The first kind of limit that leaves nothing; None: there is none."""
+        self._catch_up(now)
+        room = [
+            math.inf if limit is None else self._left_of(kind, limit, now) for kind, limit in enumerate(self.limits)
+        ]
+        self._sure_requests = room[_REQUESTS]
+        self._sure_tokens = min(room[_TOKENS], room[_MONTH])
+        self._sure_concurrent = self._concurrent + room[_CONCURRENT]
+        self._sure_until = self._taken_at = now + _SURE_SECONDS
         for kind, window in ((_REQUESTS, self._minute_requests), (_TOKENS, self._minute_tokens)):
             limit = self.limits[kind]
             if limit is not None:
                 self._remaining[kind] = limit - window.used(now) - self._others_used[kind]
-                self._resets[kind] = math.ceil(window.seconds_to_empty(now))
-        self._sure_until = now + _SURE_SECONDS
+                # or, while nothing was used, once what is taken now was forgotten
+                self._resets[kind] = math.ceil(window.seconds_to_empty(now) or window.longest_seconds(now))
         return next((kind for kind in _ORDER if room[kind] < 1), None)
 
-    def take(self, tokens: int, now: float) -> None:
-        self._minute_requests.add(1.0, now)
-        self._minute_tokens.add(tokens, now)
+    def take(self, tokens: int) -> None:
+        self._taken_requests += 1
+        self._taken_tokens += tokens
         self._concurrent += 1
         self._reserved += tokens
-        for amounts in (self._left, self._room):
-            amounts[_REQUESTS] -= 1
-            amounts[_TOKENS] -= tokens
-            amounts[_CONCURRENT] -= 1
-            amounts[_MONTH] -= tokens
-        self._remaining[_REQUESTS] -= 1
-        self._remaining[_TOKENS] -= tokens
-        if 0 in self._resets:
-            self._sure_until = -math.inf  # nothing had been used
-        if self._shared.workers > 1:
-            self._ask_if_low()
+        if self._shared.workers > 1 and self.is_unsure(-math.inf):
+            self._shared.wake.set()  # others may have left something of their parts
 
-    def settle(self, estimate: int, tokens: int | None, now: float) -> None:
+    def settle(self, estimate: int, tokens: int | None) -> None:
         self._concurrent -= 1
         self._reserved -= estimate
-        self._left[_CONCURRENT] += 1
-        self._room[_CONCURRENT] += 1
         if tokens is not None:
-            back = estimate - tokens
-            self._minute_tokens.add(-back, now)
-            for amounts in (self._left, self._room):
-                amounts[_TOKENS] += back
-                amounts[_MONTH] += back
-            self._remaining[_TOKENS] += back
+            self._taken_tokens += tokens - estimate
+
+    def _catch_up(self, now: float) -> None:
+        """Write down what was taken since it was looked up."""
+        at = min(now, self._taken_at)
+        self._minute_requests.add(self._taken_requests, at)
+        self._minute_tokens.add(self._taken_tokens, at)
+        left = self._left
+        left[_REQUESTS] -= self._taken_requests
+        left[_TOKENS] -= self._taken_tokens
+        left[_MONTH] -= self._taken_tokens
+        left[_CONCURRENT] -= self._concurrent - self._concurrent_before
+        self._taken_requests = self._taken_tokens = 0
+        self._concurrent_before = self._concurrent
+        self._sure_until = -math.inf
 
     def _left_of(self, kind: int, limit: int, now: float) -> float:
         shared = self._shared
@@ -359,12 +377,6 @@ class _Tenant:
             return self.month_base + recorded + self._reserved + self._others_used[kind]
         return self._own_used(kind, now) + self._others_used[kind]
 
-    def _ask_if_low(self) -> None:
-        for kind in _EVERY:
-            if self.limits[kind] is not None and self._left[kind] < 1:
-                self._shared.wake.set()
-                return
-
     # --- the other workers ----------------------------------------------------------------------------------
 
     def share(
@@ -376,8 +388,8 @@ class _Tenant:
         """
         if told is None:
             told = limit_parts.Told(0, (0, 0, 0, 0), (0, 0, 0, 0))
+        self._catch_up(now)
         self._others_used = list(told.used)
-        self._sure_until = -math.inf
         own = [0 if self.limits[kind] is None else max(0, math.ceil(self._own_used(kind, now))) for kind in _EVERY]
         is_used = any(own) or any(told.used)
         silent = max(0, workers - 1 - told.workers)
@@ -404,6 +416,7 @@ class _Tenant:
             self._left[kind] += more[kind]
 
     def is_used(self, now: float) -> bool:
+        self._catch_up(now)
         return any(self.limits[kind] is not None and self._own_used(kind, now) > 0 for kind in _EVERY)
 
     def _even_part(self, kind: int, workers: int) -> int:
@@ -418,18 +431,17 @@ class _Tenant:
 
     # --- what the client is told ----------------------------------------------------------------------------
 
-    def header_lines(self, now: float) -> bytes:
+    def header_lines(self) -> bytes:
         """OpenAI's `x-ratelimit-` headers, of the limits per minute."""
-        if now >= self._sure_until:
-            self._look(now)
-        told = b""
-        for kind, template in enumerate(self._templates):
-            if self.limits[kind] is not None:
-                told += template % (max(0, int(self._remaining[kind])), self._resets[kind])
-        return told
+        told: list[int] = []
+        if self.limits[_REQUESTS] is not None:
+            told += (max(0, int(self._remaining[_REQUESTS] - self._taken_requests)), self._resets[_REQUESTS])
+        if self.limits[_TOKENS] is not None:
+            told += (max(0, int(self._remaining[_TOKENS] - self._taken_tokens)), self._resets[_TOKENS])
+        return self._template % tuple(told)
 
-    def _headers(self, now: float) -> Headers:
-        pairs = (line.partition(b": ") for line in self.header_lines(now).split(b"\r\n"))
+    def _headers(self) -> Headers:
+        pairs = (line.partition(b": ") for line in self.header_lines().split(b"\r\n"))
         return tuple((name, value) for name, _, value in pairs if name)
 
     def refusal(self, kind: int, now: float) -> ApiError:
@@ -442,7 +454,7 @@ class _Tenant:
             return insufficient_quota(
                 f"The monthly budget of {limit} tokens is used up: {used} are used or reserved. "
                 "It begins anew on the first of the month (UTC).",
-                self._headers(now),
+                self._headers(),
             )
         if kind == _CONCURRENT:
             wait = _CONCURRENT_RETRY_SECONDS
@@ -454,14 +466,16 @@ class _Tenant:
                 enough = limit - 1 - self._others_used[kind]
                 wait = max(1, min(_LONGEST_RETRY_SECONDS, math.ceil(window.seconds_until(enough, now))))
             words = f"Limit of {limit} {_KINDS[kind]} per minute reached: {used} were used in the last 60 s."
-        return rate_limit_exceeded(f"{words} Try again in {wait} s.", wait, self._headers(now))
+        return rate_limit_exceeded(f"{words} Try again in {wait} s.", wait, self._headers())
 
 
 def _template(word: bytes, limit: int | None) -> bytes:
     """Of one limit's headers; what remains and the seconds until all of it does are to be filled in."""
+    if limit is None:
+        return b""
     return (b"x-ratelimit-limit-%s: %d\r\nx-ratelimit-remaining-%s: %%d\r\nx-ratelimit-reset-%s: %%ds\r\n") % (
         word,
-        limit or 0,
+        limit,
         word,
         word,
     )

@@ -582,7 +582,8 @@ class ClientConnection(asyncio.Protocol):
             return
         if self.keeps_alive:
             self.deadline = self.plane.now + self.config.timeout_keep_alive
-            self._advance()
+            if self._queue or self._read_ahead or self._incoming is not None:
+                self._advance()
         elif self._is_deaf and not self._is_stopping:
             self._close_softly()
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 
 import msgspec
 
@@ -55,7 +56,7 @@ class _RefusalCode(msgspec.Struct, gc=False):
 
 
 _decode_answer: Callable[[bytes], _Answer] = msgspec.json.Decoder(_Answer).decode
-_decode_usage: Callable[[str], _Part] = msgspec.json.Decoder(_Part).decode
+_decode_usage: Callable[[str], _Usage] = msgspec.json.Decoder(_Usage).decode
 _decode_refusal: Callable[[bytes], _Refusal] = msgspec.json.Decoder(_Refusal).decode
 _decode_refusal_code: Callable[[bytes], _RefusalCode] = msgspec.json.Decoder(_RefusalCode).decode
 
@@ -78,17 +79,29 @@ class TokenCount:
             prompt = usage.total_tokens  # embeddings and rerank of some servers
         details = usage.prompt_tokens_details or usage.input_tokens_details
         cached = details.cached_tokens if details is not None else usage.cache_read_input_tokens
+        if prompt is None and completion is None:
+            return
+        self.is_known = True
         # a stream may say it in parts, and more than once: the largest of each is what it came to
         self.prompt = max(self.prompt, prompt or 0)
         self.completion = max(self.completion, completion or 0)
         self.cached = max(self.cached, cached or 0)
-        self.is_known = self.is_known or prompt is not None or completion is not None
 
     def _add_answer(self, answer: _Answer) -> None:
-        self._add(answer.usage)
-        for part in (answer.response, answer.message):
-            if part is not None:
-                self._add(part.usage)
+        if answer.usage is not None:
+            self._add(answer.usage)
+        if answer.response is not None:
+            self._add(answer.response.usage)
+        if answer.message is not None:
+            self._add(answer.message.usage)
+
+
+def tokens_of(body: bytes) -> TokenCount:
+    """Of an answer that is one JSON document, and here whole."""
+    tokens = TokenCount()
+    with suppress(msgspec.MsgspecError, UnicodeDecodeError):
+        tokens._add_answer(_decode_answer(body))
+    return tokens
 
 
 class BodyReader:
@@ -111,21 +124,16 @@ class BodyReader:
     def end(self) -> None:
         """The body is complete."""
         if len(self._tail) == self._size:
-            try:  # noqa: SIM105 - costs nothing where nothing is wrong
-                self.tokens._add_answer(_decode_answer(self._tail))
-            except msgspec.MsgspecError:
-                pass
+            self.tokens = tokens_of(self._tail)
             return
         at = self._tail.rfind(_USAGE)
         start = self._tail.find(b"{", at)
         if at < 0 or start < 0:
             return
         text = self._tail[start:].decode("utf-8", "replace")
-        try:
+        with suppress(ValueError, msgspec.MsgspecError):
             _, end = json.JSONDecoder().raw_decode(text)
-            self.tokens._add(_decode_usage(f'{{"usage":{text[:end]}}}').usage)
-        except (ValueError, msgspec.MsgspecError):
-            pass
+            self.tokens._add(_decode_usage(text[:end]))
 
 
 class EventReader:

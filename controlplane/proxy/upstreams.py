@@ -53,7 +53,7 @@ class Head:
     names_hops: bytes | None = None  # what the `Connection` header says
 
     def __init__(self) -> None:
-        self.fields: list[tuple[bytes, bytes]] = []
+        self.lines: list[bytes] = []  # of the headers; names in lower case
 
 
 class Caller(Protocol):
@@ -276,7 +276,7 @@ class UpstreamConnection(asyncio.Protocol):
             return
         if name == b"content-type":
             head.is_event_stream = value[:17].lower() == b"text/event-stream"
-        head.fields.append((name, value))
+        head.lines.append(b"%b: %b\r\n" % (name, value))
 
     def on_headers_complete(self) -> None:
         parser, head = self._parser, self.head
@@ -384,4 +384,4 @@ def _drop_named(head: Head) -> None:
     """Take out what the `Connection` header names: it belongs to that connection (RFC 9110, 7.6.1)."""
     assert head.names_hops is not None
     named = {token.strip().lower() for token in head.names_hops.split(b",")}
-    head.fields = [(name, value) for name, value in head.fields if name not in named]
+    head.lines = [line for line in head.lines if line[: line.index(b":")] not in named]

@@ -52,7 +52,7 @@ class Worker:
 
     def end(self, grant: Grant, tokens: int) -> None:
         self.usage.record("lab", "m", 1, None, tokens, 0, 0, False, utc_now().date())
-        grant.settle(tokens, self.clock())
+        grant.settle(tokens)
 
 
 @pytest.fixture
@@ -209,7 +209,7 @@ async def test_nothing_is_told_of_a_tenant_that_nobody_uses(db: Database, clock:
     clock.now += 180
     grant = workers[0].limits.admit("lab", 0, 0, clock())
     assert grant is not None
-    grant.settle(0, clock())
+    grant.settle(0)
     clock.now += 180
     await exchange(*workers)
     await exchange(*workers)

@@ -122,10 +122,10 @@ async def test_tokens_are_taken_as_they_may_be_needed_and_given_back_as_they_wer
     limits = make(tokens_per_minute=1000)
     grant = admitted(limits, 0.0, max_tokens=1000)
     assert refusal(limits, 0.0).code == "rate_limit_exceeded"
-    grant.settle(400, 1.0)
+    grant.settle(400)
     second = admitted(limits, 1.0, max_tokens=600)
     assert refusal(limits, 1.0).code == "rate_limit_exceeded"
-    second.settle(None, 2.0)  # not known: the estimate stays
+    second.settle(None)  # not known: the estimate stays
     assert refusal(limits, 2.0).code == "rate_limit_exceeded"
 
 
@@ -134,7 +134,7 @@ async def test_settling_twice_is_harmless(make: Callable[..., Limits]) -> None:
     first = admitted(limits, 0.0)
     admitted(limits, 0.0)
     for tokens in (10, 10, None, 1000):
-        first.settle(tokens, 0.0)
+        first.settle(tokens)
     admitted(limits, 0.0)
     assert "2 are under way" in str(refusal(limits, 0.0))
     assert limits.refused == {("lab", "concurrent"): 1}
@@ -154,8 +154,8 @@ async def test_an_absurd_number_of_tokens_neither_frees_any_nor_takes_more_than_
     make: Callable[..., Limits], wanted: int
 ) -> None:
     limits = make(tokens_per_minute=2_000_000)
-    admitted(limits, 0.0, max_tokens=1_500_000).settle(1_500_000, 0.0)
-    admitted(limits, 0.0, max_tokens=wanted).settle(0, 0.0)
+    admitted(limits, 0.0, max_tokens=1_500_000).settle(1_500_000)
+    admitted(limits, 0.0, max_tokens=wanted).settle(0)
     admitted(limits, 0.0, max_tokens=500_000)
     assert refusal(limits, 0.0).code == "rate_limit_exceeded"
 
@@ -165,7 +165,7 @@ async def test_concurrent_requests_are_counted_until_they_end(make: Callable[...
     grant = admitted(limits, 0.0)
     assert header(refusal(limits, 0.0), "retry-after") == "2"
     assert refusal(limits, 1000.0).code == "rate_limit_exceeded"
-    grant.settle(None, 1000.0)
+    grant.settle(None)
     admitted(limits, 1000.0)
 
 
@@ -177,10 +177,10 @@ async def test_a_spent_monthly_budget_is_another_refusal_that_nobody_should_repe
     grant = admitted(limits, 0.0, max_tokens=1000)
     assert refusal(limits, 0.0).code == "insufficient_quota"  # reserved is as good as used
     recorded.tokens["lab"] = 999
-    grant.settle(999, 0.0)
+    grant.settle(999)
     last = admitted(limits, 0.0, max_tokens=10)
     recorded.tokens["lab"] = 1009
-    last.settle(10, 0.0)
+    last.settle(10)
     error = refusal(limits, 3600.0)
     assert (error.status, error.code) == (429, "insufficient_quota")
     assert header(error, "x-should-retry") == "false"
@@ -198,7 +198,7 @@ async def test_new_limits_are_in_force_at_once_and_what_was_used_counts_on(make:
     refusal(limits, 0.0)
     limits.follow({"lab": TenantLimits()}, 0.0)
     assert limits.admit("lab", 0, 0, 0.0) is None
-    grant.settle(10, 1.0)
+    grant.settle(10)
 
 
 async def test_a_worker_that_heard_of_nobody_keeps_to_its_part_of_the_limits(make: Callable[..., Limits]) -> None:
