@@ -1,4 +1,4 @@
-"""The demo: one replica is routable, load comes, an alert fires, more replicas start, the load ends, they drain.
+"""The demo: a request wakes a model that nobody runs, load comes, alerts fire, more replicas start, and drain again.
 
 Every chapter waits for a fact, within a limit. The demo fails if a fact does not come, if any request failed, if any
 stream broke, or if it could not end cleanly; then its exit code is not 0.
@@ -20,7 +20,7 @@ from rich.console import Console
 
 from controlplane import cli_why
 from controlplane.clock import utc_now
-from controlplane.core.types import ReplicaSetSpec, ScaleDown, ScaleUp, SlurmResources, VllmOptions
+from controlplane.core.types import ReplicaSetSpec, RoutingPolicy, ScaleDown, ScaleUp, SlurmResources, VllmOptions
 from controlplane.db import Database, DatabaseOptions, why
 from controlplane.demo.children import MissingProgram, StartFailed
 from controlplane.demo.claims import DirectoryInUse
@@ -38,7 +38,7 @@ REPLICA_SET = ReplicaSetSpec(
     name="demo",
     model="demo-8b",
     template="fake-vllm",
-    min_replicas=1,
+    min_replicas=0,
     max_replicas=3,
     slurm=SlurmResources(partition="gpu", gpus_per_node=8, cpus_per_task=8, time_limit_seconds=3600),
     vllm=VllmOptions(args=("--max-num-seqs", "12", "--tokens-per-second", "30"), load_seconds=3),
@@ -46,6 +46,9 @@ REPLICA_SET = ReplicaSetSpec(
     scale_down=ScaleDown(cooldown_seconds=5, stabilization_window_seconds=15),
     start_timeout_seconds=60,
     drain_timeout_seconds=60,
+    # More than an engine runs at once, so that its own queue grows, and the alert rules see it. Without it requests
+    # would wait in the proxy, which asks for a replica itself: that is shown by the first request.
+    routing=RoutingPolicy(max_in_flight=64, slow_start_seconds=5),
 )
 
 
@@ -62,7 +65,12 @@ class Chapter:
 
 
 CHAPTERS = (
-    Chapter("one replica shall be routable", 0, lambda seen, _: seen.routable == 1, 60),
+    Chapter(
+        "nothing runs; one request comes, is held, and is answered by the replica that it asked for",
+        1,
+        lambda seen, story: seen.routable == 1 and story.load.count.done >= 1,
+        60,
+    ),
     Chapter(
         f"{_BUSY_CLIENTS} clients ask; one replica cannot keep up",
         _BUSY_CLIENTS,
@@ -139,9 +147,13 @@ async def _tell(site: Site, console: Console, *, plain: bool) -> list[str]:
 
 
 async def _tell_why(db: Database, console: Console) -> None:
-    """As `controlplane why` tells it: the life of one replica that an alert asked for."""
+    """As `controlplane why` tells it: the life of one replica that an alert rule asked for."""
     told = await why.of_set(db, REPLICA_SET.name, at=None, now=utc_now())
-    grown = [one for one in (*told.ended, *told.replicas) if one.decision is not None and one.decision.evidence]
+    grown = [
+        one
+        for one in (*told.ended, *told.replicas)
+        if one.decision is not None and any(alert.generator_url for alert in one.decision.evidence)
+    ]
     if grown:
         console.rule(f"controlplane why {grown[0].name}")
         await cli_why.show(db, grown[0].name, None, "text", console)

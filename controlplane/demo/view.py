@@ -142,9 +142,7 @@ def _numbers(
     yield "replicas routable", f"{story.most_routable} at most, {latest.routable if latest else '?'} at the end"
     yield "TTFT p50, worst", _seconds(story.worst_ttft)
     for job, since_alert, since_decision in latencies:
-        spans = (
-            f"{_milliseconds(since_alert)} after the first webhook, {_milliseconds(since_decision)} after the decision"
-        )
+        spans = f"{_milliseconds(since_alert)} after the alert came, {_milliseconds(since_decision)} after the decision"
         yield "alert to sbatch", f"{job}: {spans}"
 
 

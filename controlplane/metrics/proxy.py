@@ -96,7 +96,7 @@ class ProxyMetrics(Collector):
         self._tokens: dict[tuple[str, str, str], int] = defaultdict(int)
 
         self.in_flight: dict[str, int] = defaultdict(int)
-        """By model. Whoever forwards a request adds 1 and takes it off again."""
+        """By model. Whoever passes a request on adds 1 and takes it off again."""
         self.held_requests: Callable[[], Mapping[str, int]] = dict
         self.limited_requests: Callable[[], Mapping[tuple[str, str], int]] = dict  # by tenant, limit
         self.usage_lost: Callable[[], Mapping[str, int]] = dict  # by kind

@@ -1,10 +1,13 @@
 """The data plane: OpenAI's API in front of every routable endpoint.
 
-Reading order: `api` (routes, what a request goes through), `auth` (who asks), `directory` (what there is, from the
-database, kept in memory), `forward` (one request to one upstream and its answer back), `upstreams` (connections and
-requests in flight), `waiting` (who has to wait, and for how long), `pressure` (asks for a replica meanwhile), `models`
-(`/v1/models`), `request` and `errors` (what comes in, and every refusal that goes out), `access_log` (a line
-a request).
+Reading order: `api` (what is put together, and the routes without a prompt), `protocol` (a client's connection),
+`call` (one request with a prompt, from its body to the end of its answer), `upstreams` (endpoints, and connections to
+them). What a call asks on its way: `auth` (who asks), `directory` (what there is, from the database, kept in memory),
+`request` (what is read of a body), `limits` (what its tenant may use), `waiting` (who has to wait, and for how long),
+`routing` (which endpoint), `tokens` (what the answer says it cost), `usage` (where that is kept), `access_log` (a line
+a request), `errors` (every refusal) and `wire` (how they are written). Beside it: `heads` (of requests that were read
+before), `pressure` (asks for a replica while requests wait), `models` (`/v1/models`), `multipart` (the model of a
+form), `plane` (what one worker's requests share).
 """
 
 from controlplane.proxy.api import Proxy, create_app

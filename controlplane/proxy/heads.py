@@ -4,8 +4,8 @@ A client says the same line and the same headers with every request: its library
 the length of the body differs. So a head that the parser has read, and found good, is remembered without that length;
 one that is equal to it, byte for byte, means the same. That spares a third of what a request costs.
 
-Nothing is guessed: a head that is not known, a body that is not here whole, anything unusual goes to the parser. What is
-remembered is bounded, and holds keys as hashes only by the time it is used: they are looked up anew for each request.
+Nothing is guessed: a head that is not known, a body that is not here whole, anything unusual goes to the parser. What
+is remembered is bounded. Keys are looked up anew for each request.
 """
 
 from __future__ import annotations

@@ -234,8 +234,8 @@ class ClientConnection(asyncio.Protocol):
         """A client that closes its side is gone: HTTP has no use for half a connection."""
         return False
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.state.connections.discard(self)  # type: ignore[arg-type]
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's
+        self.state.connections.discard(self)
         self.plane.connections.discard(self)
         self._parser = None  # it refers back to this
         call, cycle = self._call, self._cycle
@@ -619,6 +619,7 @@ class ClientConnection(asyncio.Protocol):
             else:
                 break
         self._is_advancing = False
+
 
 def _origin_form(target: bytes) -> tuple[bytes, bytes, bytes]:
     """Path, `?` and query of a target in another form (RFC 9112, 3.2.2: a server must accept the absolute one)."""

@@ -102,5 +102,3 @@ def request_id_of(given: bytes | None) -> bytes:
 def header(headers: RawHeaders, name: bytes) -> bytes | None:
     """The first header of that name; names are lower-case."""
     return next((value for key, value in headers if key == name), None)
-
-

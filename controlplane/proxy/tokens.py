@@ -181,11 +181,7 @@ class EventReader:
         except msgspec.MsgspecError:
             return False
         self.tokens._add_answer(answer)
-        return (
-            self._hides_usage
-            and answer.usage is not None
-            and bytes(answer.choices).replace(b" ", b"") == b"[]"
-        )
+        return self._hides_usage and answer.usage is not None and bytes(answer.choices).replace(b" ", b"") == b"[]"
 
 
 def first_event(piece: bytes) -> bytes | None:

@@ -318,9 +318,7 @@ class Upstreams:
         # the system's certificate authorities, where a site installs its own
         self._tls = ssl.create_default_context()
 
-    def follow(
-        self, routable: Mapping[str, Collection[RoutableEndpoint]]
-    ) -> dict[str, tuple[Upstream, ...]]:
+    def follow(self, routable: Mapping[str, Collection[RoutableEndpoint]]) -> dict[str, tuple[Upstream, ...]]:
         """These are the routable ones, by model; what connects to others is closed as soon as it is idle."""
         before, self._known = self._known, {}
         by_model = {

@@ -66,7 +66,7 @@ class Timers(Protocol):
 
 def max_in_flight_of(endpoint: RoutableEndpoint) -> int:
     """How many requests it may have at once: what its set says, or else what its engine runs."""
-    return getattr(endpoint, "max_in_flight", None) or endpoint.runs_at_once
+    return endpoint.max_in_flight or endpoint.runs_at_once
 
 
 class _Door(Enum):

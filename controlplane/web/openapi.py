@@ -15,11 +15,11 @@ from prometheus_client import CollectorRegistry
 from pydantic import TypeAdapter
 from starlette.routing import Route
 
-from controlplane.db import Database, DatabaseOptions
+from controlplane.db import Database, DatabaseOptions, tenants, usage
 from controlplane.metrics import ControlPlaneMetrics
 from controlplane.specs.file_format import ReplicaSetDocument
 from controlplane.web.app import WebOptions, create_app
-from controlplane.web.operators import EmptyBody, LastingBody, ReasonBody, ScaleBody
+from controlplane.web.operators import EmptyBody, LastingBody, LimitsBody, ReasonBody, ScaleBody
 
 Document = dict[str, Any]
 
@@ -40,17 +40,22 @@ _BODIES: dict[str, type] = {
     "replicas/{name}/cancel": ReasonBody,
     "nodes/{name}/drain": LastingBody,
     "nodes/{name}/undrain": EmptyBody,
+    "tenants/{name}/limits": LimitsBody,
 }
 """What a verb reads from its body, by its path below `/api/v1/`."""
 
 _LIMIT: Document = {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100}
 _TIME: Document = {"type": "string", "format": "date-time"}
 _NAME: Document = {"type": "string", "pattern": "^[a-z0-9-]{1,64}$"}
+_BY: Document = {"enum": [one.value for one in usage.By], "default": usage.By.TENANT.value}
+_MONTH: Document = {"type": "string", "pattern": "^20[0-9]{2}-(0[1-9]|1[0-2])$"}
+_TENANT: Document = {"type": "string", "pattern": f"^{tenants.NAME}$"}
 _QUERIES: dict[str, dict[str, Document]] = {
     "replicas": {"limit": _LIMIT},
     "alerts": {"since": _TIME},
     "decisions": {"limit": _LIMIT, "replica_set": _NAME},
     "audit": {"limit": _LIMIT},
+    "usage": {"by": _BY, "month": _MONTH, "tenant": _TENANT},
     "replica-sets/{name}/why": {"at": _TIME},
     "replicas/{name}/why": {"at": _TIME},
     "slurm-jobs/{name}/why": {"at": _TIME},

@@ -11,9 +11,19 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from controlplane.demo.load import until_served
+_POLL_SECONDS = 0.05
 
 WHOLE, CUT = "whole", "cut with an error event"
+
+
+async def until_served(http: httpx.AsyncClient, model: str) -> None:
+    """Return when the proxy knows a replica of the model, of which it hears a moment after the database does."""
+    while True:
+        with suppress(httpx.HTTPError):
+            answer = await http.get(f"/v1/models/{model}")
+            if answer.status_code == 200 and answer.json()["state"] == "routable":
+                return
+        await asyncio.sleep(_POLL_SECONDS)
 
 
 @dataclass(slots=True)

@@ -33,6 +33,7 @@ assert REPLICA_SET.slurm is not None
 SPEC = replace(
     REPLICA_SET,
     name="short",
+    min_replicas=1,
     max_replicas=1,
     slurm=replace(REPLICA_SET.slurm, gpus_per_node=1, time_limit_seconds=int(WALLTIME.total_seconds())),
     vllm=VllmOptions(args=("--max-num-seqs", "12", "--tokens-per-second", "30"), load_seconds=3),

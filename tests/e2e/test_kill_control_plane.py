@@ -17,7 +17,7 @@ from controlplane.demo.scenario import REPLICA_SET
 from controlplane.demo.site import Site, SiteOptions
 from tests.conftest import eventually
 
-SPEC = replace(REPLICA_SET, name="killed", min_replicas=0)
+SPEC = replace(REPLICA_SET, name="killed")
 
 
 @pytest.fixture

@@ -10,8 +10,6 @@ import pytest
 
 NOT_YET = {
     "audio": "the audio routes are not passed on yet",
-    "hold": "a request for a model with zero replicas is answered 503 at once, and starts none",
-    "fairness": "whoever asks most waits least: nothing is queued in the proxy, and the engine's queue is one for all",
 }
 
 

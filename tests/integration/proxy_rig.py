@@ -15,14 +15,21 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import count
 from random import Random
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import httpx
 import uvicorn
 from prometheus_client import CollectorRegistry
 
 from controlplane.clock import utc_now
-from controlplane.core.types import ExternalEndpoint, Health, Replica, ReplicaSetSpec, SlurmResources
+from controlplane.core.types import (
+    ExternalEndpoint,
+    Health,
+    Replica,
+    ReplicaSetSpec,
+    RoutingPolicy,
+    SlurmResources,
+)
 from controlplane.db import Database, DatabaseOptions, endpoints, keys, replica_sets, replicas
 from controlplane.metrics import ProxyMetrics
 from controlplane.proxy import Proxy, ProxyOptions, create_app
@@ -196,12 +203,15 @@ async def opened(url: str, *, timeout_seconds: float = SECONDS) -> AsyncIterator
         yield db
 
 
-async def make_routable(db: Database, *urls: str, model: str = MODEL, api_key: str | None = None) -> str:
+async def make_routable(
+    db: Database, *urls: str, model: str = MODEL, api_key: str | None = None, max_in_flight: int | None = None
+) -> str:
     """An external replica set whose endpoints have all passed their probes. Returns its name."""
     spec = ReplicaSetSpec(
         name="set-" + model.lower().replace("/", "-"),
         model=model,
         endpoints=tuple(ExternalEndpoint(url, api_key) for url in urls),
+        routing=RoutingPolicy(max_in_flight=max_in_flight),
     )
     now = utc_now()
     await replica_sets.apply(db, spec, actor="test", now=now)
@@ -302,7 +312,7 @@ async def running_proxy(db: Database, options: ProxyOptions = QUICK, *, key: str
     bound.bind(("127.0.0.1", 0))
     port: int = bound.getsockname()[1]
     config = uvicorn.Config(
-        app, http=app.protocol, ws="none", lifespan="on", log_config=None, access_log=False, backlog=1024
+        app, http=cast("Any", app.protocol), ws="none", lifespan="on", log_config=None, access_log=False, backlog=1024
     )
     server = _Server(config)
     serving = asyncio.create_task(server.serve(sockets=[bound]))

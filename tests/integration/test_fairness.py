@@ -13,10 +13,12 @@ from tests.conftest import eventually
 from tests.integration.arrivals import CUT, WHOLE, Arrivals
 from tests.integration.not_yet import not_yet
 from tests.integration.proxy_process import proxy_process
-from tests.integration.proxy_rig import opened
+from tests.integration.proxy_rig import make_routable, opened
 from tests.integration.test_fake_vllm import running_fake
 
 GREEDY_AT_ONCE = 500
+RUNS_AT_ONCE = 16
+SEATS = 12  # with the quarter in reserve 15: a newcomer finds the engine free, and waits for nobody's end
 POLITE_AT_ONCE, POLITE_EACH = 2, 20
 FIELDS = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}  # 0.4 s when a slot is free
 
@@ -25,10 +27,12 @@ FIELDS = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}  
 async def test_500_requests_of_a_greedy_tenant_raise_anothers_p95_by_at_most_a_fifth(
     database_url: str, tmp_path: Path
 ) -> None:
-    with running_fake("--tokens-per-second", "20", "--max-num-seqs", "16") as fake:
+    with running_fake("--tokens-per-second", "20", "--max-num-seqs", str(RUNS_AT_ONCE)) as fake:
         async with opened(database_url) as db:
             polite, _ = await keys.create(db, "polite", models=None, expires_at=None, actor="test", now=utc_now())
         async with proxy_process(tmp_path, database_url, fake.url) as proxy:
+            async with opened(database_url) as db:
+                await make_routable(db, fake.url, max_in_flight=SEATS)
             alone = await p95_seconds(Arrivals(proxy.port, polite))
             greedy = Arrivals(proxy.port, proxy.key, limit_seconds=120)
             is_over = asyncio.Event()

@@ -13,6 +13,7 @@ import pytest_asyncio
 
 from controlplane.clock import utc_now
 from controlplane.db import Database, replica_sets
+from controlplane.proxy import WaitingOptions
 from tests.integration.not_yet import not_yet
 from tests.integration.proxy_rig import (
     MODEL,
@@ -32,7 +33,8 @@ from tests.integration.sdks import PythonSdk, Question, Raised, Sdk, running_js
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-OPTIONS = replace(QUICK, max_body_bytes=20_000, first_byte_timeout_seconds=0.5)
+WAITS = WaitingOptions(hold_seconds=0.3, hold_seconds_without_stream=0.3)  # then what starts is given up
+OPTIONS = replace(QUICK, max_body_bytes=20_000, first_byte_timeout_seconds=0.5, waiting=WAITS)
 LONG = "x" * 30_000
 MODELS = (MODEL, "asleep", "resting", "briefly", "dead", "late", "breaks", "strict", "busy", "nobodys")
 """What the good key may use; `secret` it may not."""

@@ -277,14 +277,33 @@ def test_the_set_with_the_best_priority_says_how_its_model_is_routed() -> None:
     [
         (Failure.REFUSED, True),
         (Failure.CONNECT_TIMEOUT, True),
-        (Failure.LOST, False),
+        (Failure.LOST, True),
+        (Failure.ENGINE_FAILED, True),
         (Failure.LATE, False),
         (Failure.BROKEN, False),
     ],
 )
-def test_a_request_is_sent_again_only_if_no_connection_was_made(failure: Failure, is_allowed: bool) -> None:
+def test_a_request_is_sent_again_unless_it_is_worked_on_or_answered(failure: Failure, is_allowed: bool) -> None:
     assert may_retry(failure) is is_allowed
 
 
+@pytest.mark.parametrize("failure", [Failure.LOST, Failure.ENGINE_FAILED])
+@pytest.mark.parametrize("before", [Failure.LOST, Failure.ENGINE_FAILED])
+def test_what_may_have_killed_an_engine_is_sent_again_once(failure: Failure, before: Failure) -> None:
+    assert may_retry(failure, (Failure.REFUSED, Failure.CONNECT_TIMEOUT))
+    assert not may_retry(failure, (before,))
+
+
+@pytest.mark.parametrize("failure", Failure)
+def test_what_an_upstream_may_keep_is_sent_again_only_if_no_connection_was_made(failure: Failure) -> None:
+    is_allowed = may_retry(failure, is_repeatable=False)
+    assert is_allowed is (failure in (Failure.REFUSED, Failure.CONNECT_TIMEOUT))
+
+
+def test_what_no_connection_was_made_for_is_always_sent_again() -> None:
+    assert may_retry(Failure.REFUSED, tuple(Failure), is_repeatable=False)
+
+
 def test_every_failure_has_been_thought_of() -> None:
-    assert {failure.value for failure in Failure} == {"refused", "connect_timeout", "lost", "late", "broken"}
+    names = {failure.value for failure in Failure}
+    assert names == {"refused", "connect_timeout", "lost", "late", "engine_failed", "broken"}
