@@ -44,7 +44,7 @@ from controlplane.proxy.models import model_list, one_model
 from controlplane.proxy.options import ProxyOptions
 from controlplane.proxy.plane import Plane
 from controlplane.proxy.pressure import HeldPressure
-from controlplane.proxy.protocol import ROUTES, ClientConnection
+from controlplane.proxy.protocol import FORM_ROUTES, ROUTES, ClientConnection
 from controlplane.proxy.request import header, request_id_of
 from controlplane.proxy.routing import Router
 from controlplane.proxy.upstreams import Upstreams
@@ -200,7 +200,7 @@ class Proxy:
             case path if path == "/v1/models" or (path.startswith("/v1/models/") and path != "/v1/models/"):
                 _allow(scope, "GET", "HEAD")
                 answer.body = self._models(scope, answer)
-            case path if path.encode() in ROUTES:
+            case path if path.encode() in ROUTES | FORM_ROUTES:
                 raise method_not_allowed(scope["method"], path, "POST")
             case path:
                 raise unknown_route(scope["method"], path)

@@ -29,6 +29,7 @@ from controlplane.proxy.errors import (
     ApiError,
     model_not_found,
     nothing_known_yet,
+    request_timeout,
     upstream_error,
     upstream_timeout,
 )
@@ -75,6 +76,19 @@ class Request:
         self.started_at = self.received_at = started_at  # received: with its whole body
 
 
+class Upload:
+    """A request's body that is passed on while it comes."""
+
+    __slots__ = ("is_blocked", "is_whole", "length", "pieces", "was_sent")
+
+    def __init__(self, length: int | None) -> None:
+        self.length = length  # None: it comes in chunks, and is passed on so
+        self.pieces: list[bytes] = []  # that came before there was a connection
+        self.was_sent = False  # some of it, and it is kept nowhere: it cannot be sent again
+        self.is_whole = False
+        self.is_blocked = False  # the upstream takes no more for now
+
+
 class Phase(Enum):
     ADMITTED = auto()
     WAITING = auto()
@@ -111,6 +125,7 @@ class Call:
     _hides_usage = False
     _has_begun = False  # something was sent to the client
     _is_chunked = False
+    _upload: Upload | None = None
     _pieces = 0
     _overhead = 0.0
     _first_byte_at = 0.0
@@ -135,15 +150,25 @@ class Call:
     def begin(self, now: float) -> None:
         """The request is whole. Answers it, or sees to it that it will be."""
         try:
-            self._admit(now)
+            self._admit(read_asked(self.request.body), len(self.request.body), now)
         except ApiError as error:
             self.refuse(error)
 
-    def _admit(self, now: float) -> None:
+    def begin_form(self, model: str, now: float, upload: Upload | None) -> None:
+        """The same for a form that asks for this model. `upload`: what of it is still to come."""
+        if upload is not None:
+            self._upload = upload
+            self._client.transport.pause_reading()  # until there is somebody who takes it
+        try:
+            self._admit(Asked(model=model), 0, now)  # nobody knows what sound costs
+        except ApiError as error:
+            self.refuse(error)
+
+    def _admit(self, asked: Asked, prompt_bytes: int, now: float) -> None:
         """Raises ApiError."""
         plane, request, key = self._plane, self.request, self._key
         assert key is not None  # or it would have been refused
-        asked = self._asked = read_asked(request.body)
+        self._asked = asked
         model = asked.model
         snapshot = plane.directory.snapshot
         if snapshot is None:
@@ -151,7 +176,7 @@ class Call:
         if model not in snapshot.models or not may_use(key, model):
             raise model_not_found(model)
         self.model = model
-        self._grant = plane.limits.admit(key.tenant, len(request.body), asked.most_tokens, now)
+        self._grant = plane.limits.admit(key.tenant, prompt_bytes, asked.most_tokens, now)
         if asked.stream and request.path in TELLS_USAGE_IF_ASKED and not asks_for_usage(asked):
             self._hides_usage = True
             self._body = with_usage_asked_for(request.body, asked)
@@ -231,6 +256,9 @@ class Call:
         self._failed(failure)
 
     def _ask(self, connection: UpstreamConnection, now: float) -> None:
+        if self._upload is not None:
+            self._begin_sending(connection, self._upload, now)
+            return
         request, upstream, body = self.request, connection.upstream, self._body
         self._phase = _ASKED
         self._connection = connection
@@ -251,6 +279,98 @@ class Call:
         )
         self._breaks_at = now + self._plane.options.first_byte_timeout_seconds
         self._await_silence(now)
+
+    # --- a body that is still coming ----------------------------------------------------------------------
+
+    def _begin_sending(self, connection: UpstreamConnection, upload: Upload, now: float) -> None:
+        request, upstream = self.request, connection.upstream
+        self._phase = _ASKED
+        self._connection = connection
+        self._sent_at = now
+        connection.is_sending = True
+        length = wire.CHUNKED if upload.length is None else b"content-length: %d\r\n" % upload.length
+        connection.send(
+            self,
+            b"POST %b%b%b%b%b%bx-request-id: %b\r\n\r\n"
+            % (
+                upstream.path,
+                request.path,
+                request.query,
+                upstream.head,
+                request.headers,
+                length,
+                request.request_id,
+            ),
+        )
+        pieces, upload.pieces = upload.pieces, []
+        for piece in (request.body, *pieces):
+            self._pass_up(connection, upload, piece)
+        upload.was_sent = bool(pieces)
+        if upload.is_whole:
+            self._sent_all(connection, upload, now)
+            return
+        self._client.transport.resume_reading()
+        self._await_rest(now)
+
+    def more_came(self, piece: bytes) -> None:
+        """Of the body."""
+        upload, connection = self._upload, self._connection
+        if upload is None:
+            return  # the call is over
+        if connection is None or self._phase is _CONNECTING:
+            upload.pieces.append(piece)
+            return
+        upload.was_sent = True
+        self._pass_up(connection, upload, piece)
+        if self._phase is _ASKED:
+            self._await_rest(self._plane.now)
+
+    def all_came(self) -> None:
+        """The body is whole."""
+        upload, connection = self._upload, self._connection
+        if upload is None:
+            return
+        upload.is_whole = True
+        if connection is not None:
+            self._sent_all(connection, upload, time.monotonic())
+
+    def give_up(self, error: ApiError) -> None:
+        """The body cannot be passed on any further."""
+        self._leave_upstream(None)
+        if self._phase is _ANSWERING:
+            self._client.cut_short()
+            self._end()
+        else:
+            self.refuse(error)
+
+    def _pass_up(self, connection: UpstreamConnection, upload: Upload, piece: bytes) -> None:
+        if piece:
+            connection.transport.write(piece if upload.length is not None else wire.chunk(piece))
+
+    def _sent_all(self, connection: UpstreamConnection, upload: Upload, now: float) -> None:
+        connection.is_sending = False
+        if upload.length is None:
+            connection.transport.write(wire.LAST_CHUNK)
+        self._client.transport.resume_reading()
+        if self._phase is _ASKED:
+            self._breaks_at = now + self._plane.options.first_byte_timeout_seconds
+            self._await_silence(now)
+
+    def _await_rest(self, now: float) -> None:
+        self._breaks_at = now + self._plane.options.body_timeout_seconds
+        self._await_silence(now)
+
+    def upstream_is_full(self) -> None:
+        if self._upload is not None and not self._upload.is_whole:
+            self._upload.is_blocked = True
+            self._client.transport.pause_reading()
+
+    def upstream_has_room(self) -> None:
+        if self._upload is not None and self._upload.is_blocked:
+            self._upload.is_blocked = False
+            self._client.transport.resume_reading()
+            if self._phase is _ASKED and not self._upload.is_whole:
+                self._await_rest(self._plane.now)
 
     # --- an answer ----------------------------------------------------------------------------------------
 
@@ -385,7 +505,7 @@ class Call:
         assert upstream is not None
         assert connection is not None
         is_stale = not connection.is_fresh and self._head is None and now - self._sent_at < _STALE_SECONDS
-        if is_stale and upstream.is_routable:
+        if is_stale and upstream.is_routable and not (self._upload is not None and self._upload.was_sent):
             # It had been closed while it was idle, as the others of that time have been.
             upstream.close_idle(math.inf)
             self._connect(upstream, now)
@@ -401,7 +521,7 @@ class Call:
         plane, now = self._plane, time.monotonic()
         if not may_retry(failure, self._retries, is_repeatable=self.request.path not in NOT_SENT_TWICE):
             return False
-        if len(self._tried) >= plane.options.max_tries:
+        if len(self._tried) >= plane.options.max_tries or (self._upload is not None and self._upload.was_sent):
             return False
         other = self._another(now)
         # a refused connection cost nobody anything, and each endpoint is tried once
@@ -511,7 +631,10 @@ class Call:
         elif self._phase is _CONNECTING and now >= self._breaks_at:
             self._failed(Failure.CONNECT_TIMEOUT)
         elif self._phase is _ASKED and now >= self._breaks_at:
-            self._fail(Failure.LATE)
+            if self._upload is None or self._upload.is_whole or self._upload.is_blocked:
+                self._fail(Failure.LATE)
+            else:
+                self.give_up(request_timeout())
         else:
             self._comment(now)
 
@@ -583,6 +706,7 @@ class Call:
 
     def _end(self) -> None:
         self._phase = _OVER
+        self._upload = None
         plane, upstream, now = self._plane, self._upstream, time.monotonic()
         if upstream is not None:
             upstream.in_flight -= 1

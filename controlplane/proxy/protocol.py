@@ -35,7 +35,7 @@ from uvicorn.server import ServerState
 from controlplane.core.types import ApiKey
 from controlplane.proxy import wire
 from controlplane.proxy.auth import authenticate, credential_of, good_key
-from controlplane.proxy.call import CLIENT_LEFT, Call, Request
+from controlplane.proxy.call import CLIENT_LEFT, Call, Request, Upload
 from controlplane.proxy.errors import (
     ApiError,
     BadRequest,
@@ -47,8 +47,9 @@ from controlplane.proxy.errors import (
     request_too_large,
 )
 from controlplane.proxy.heads import KnownHead
+from controlplane.proxy.multipart import ModelInForm
 from controlplane.proxy.plane import Plane
-from controlplane.proxy.request import request_id_of
+from controlplane.proxy.request import header, request_id_of
 
 _logger = logging.getLogger("uvicorn.error")
 
@@ -66,6 +67,9 @@ ROUTES = frozenset(
     }
 )
 """JSON routes whose body names a `model`: passed on and back unread otherwise."""
+
+FORM_ROUTES = frozenset({b"/v1/audio/transcriptions", b"/v1/audio/translations"})
+"""Routes whose body is a form with a field `model`, and files that may be large: passed on while they come."""
 
 _NOT_SENT_ON = frozenset(
     {
@@ -108,12 +112,15 @@ class _Incoming:
         "credential",
         "expects_continue",
         "fields",
+        "form",
         "head_bytes",
         "is_plain",
         "is_short",
         "keeps_alive",
         "key",
+        "length",
         "method",
+        "model",
         "path",
         "refusal",
         "request",
@@ -131,6 +138,9 @@ class _Incoming:
         self.keeps_alive = True
         self.expects_continue = False
         self.head_bytes = 0
+        self.length: int | None = None  # of the body, as announced; None: it comes in chunks
+        self.form: ModelInForm | None = None
+        self.model: str | None = None  # that a form asks for; None: not known yet, or not a form
         self.credential = b""
         self.is_plain = True  # no coding, no expectation, nothing to do with the connection
         self.is_short = True  # if it is refused, its body is read to its end all the same
@@ -153,6 +163,7 @@ class ClientConnection(asyncio.Protocol):
         "_is_closing_softly",
         "_is_deaf",
         "_is_stopping",
+        "_is_uploading",
         "_parser",
         "_queue",
         "_read_ahead",
@@ -197,6 +208,7 @@ class ClientConnection(asyncio.Protocol):
         self._read_ahead: list[bytes] = []
         self._is_advancing = False
         self._is_stopping = False
+        self._is_uploading = False  # the call has begun, and its request is not whole
         self._is_closing_softly = False
         self._is_deaf = False  # nothing more can be read: where the next request begins is not known
         self._parser: httptools.HttpRequestParser | None = None  # most connections never need one
@@ -212,6 +224,9 @@ class ClientConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._is_closing_softly:
+            return
+        if self._is_uploading:
+            self._feed(data)
             return
         if self._call is not None or self._cycle is not None:
             self._read_ahead.append(data)
@@ -336,9 +351,25 @@ class ClientConnection(asyncio.Protocol):
         self.deadline = now + options.body_timeout_seconds
         if incoming.refusal is not None and (incoming.expects_continue or not incoming.is_short):
             self._give_up(incoming.refusal, incoming)
-        elif incoming.expects_continue:
+            return
+        if incoming.expects_continue:
             incoming.expects_continue = False
             self.write(wire.CONTINUE)
+        if incoming.model is not None and incoming.refusal is None:
+            self._begin_upload(incoming, incoming.model)
+
+    def _begin_upload(self, incoming: _Incoming, model: str) -> None:
+        """Pass a form on before it is whole: where it goes is known."""
+        request = incoming.request
+        assert request is not None
+        request.body = b"".join(incoming.body)
+        incoming.body.clear()
+        now = request.received_at = time.monotonic()
+        self.is_new = False
+        self.keeps_alive = False  # unless all of it is read
+        self._is_uploading = True
+        self._call = call = Call(self.plane, self, request, incoming.key)
+        call.begin_form(model, now, Upload(incoming.length))
 
     def on_message_begin(self) -> None:
         self._incoming = _Incoming()
@@ -361,11 +392,11 @@ class ClientConnection(asyncio.Protocol):
         incoming.version = parser.get_http_version()
         incoming.keeps_alive = parser.should_keep_alive()
         path, mark, query = incoming.target.partition(b"?")
-        if path not in ROUTES and not path.startswith(b"/"):
+        if not path.startswith(b"/"):
             path, mark, query = _origin_form(incoming.target)
         incoming.path = path
         try:
-            if path in ROUTES and incoming.method == "POST":
+            if (path in ROUTES or path in FORM_ROUTES) and incoming.method == "POST":
                 incoming.request = request = Request(path, mark + query, started_at=time.monotonic())
                 self._read_head(incoming, request)
             else:
@@ -391,7 +422,7 @@ class ClientConnection(asyncio.Protocol):
             elif name == b"x-request-id":
                 request_id = value
             elif name == b"content-length":
-                size = int(value)
+                size = incoming.length = int(value)
                 incoming.is_short = size <= _WAIT_FOR_REST
             elif name == b"x-api-key":
                 x_api_key = value
@@ -420,6 +451,9 @@ class ClientConnection(asyncio.Protocol):
         incoming.key = authenticate(incoming.credential, snapshot.keys)
         if size > self.plane.options.max_body_bytes:
             raise request_too_large(self.plane.options.max_body_bytes)
+        if incoming.path in FORM_ROUTES:
+            incoming.is_plain = False
+            incoming.form = ModelInForm(header(fields, b"content-type") or b"")
 
     def on_body(self, body: bytes) -> None:
         incoming = self._incoming
@@ -429,17 +463,41 @@ class ClientConnection(asyncio.Protocol):
             return
         limit = self.plane.options.max_body_bytes if incoming.request is not None else _OTHER_BODY_BYTES
         if incoming.size > limit:
-            incoming.refusal = request_too_large(limit)
-            incoming.is_short = False
-            incoming.body.clear()
+            self._refuse_rest(incoming, request_too_large(limit))
+            return
+        if incoming.form is not None:
+            try:
+                incoming.model = incoming.form.feed(body)
+            except ApiError as error:
+                self._refuse_rest(incoming, error)
+                return
+        if self._is_uploading and self._call is not None:
+            self._call.more_came(body)
         else:
             incoming.body.append(body)
+
+    def _refuse_rest(self, incoming: _Incoming, error: ApiError) -> None:
+        incoming.refusal = error
+        incoming.is_short = False
+        incoming.body.clear()
+        if self._is_uploading and self._call is not None:
+            self._call.give_up(error)
 
     def on_message_complete(self) -> None:
         incoming, self._incoming = self._incoming, None
         if incoming is None or self._is_closing_softly:
             return
-        self._queue.append(incoming)
+        if incoming.form is not None and incoming.refusal is None:
+            try:
+                incoming.model = incoming.form.finish()
+            except ApiError as error:
+                self._refuse_rest(incoming, error)
+        if not self._is_uploading:
+            self._queue.append(incoming)
+        elif self._call is not None:
+            self._is_uploading = False
+            self.keeps_alive = incoming.keeps_alive and not self._is_stopping
+            self._call.all_came()
 
     # --- heads that are known -----------------------------------------------------------------------------
 
@@ -491,10 +549,12 @@ class ClientConnection(asyncio.Protocol):
             now = request.received_at = time.monotonic()
             self.deadline = math.inf
             self._call = call = Call(self.plane, self, request, incoming.key)
-            if incoming.refusal is None:
-                call.begin(now)
-            else:
+            if incoming.refusal is not None:
                 call.refuse(incoming.refusal)
+            elif incoming.model is not None:
+                call.begin_form(incoming.model, now, None)
+            else:
+                call.begin(now)
         elif incoming.refusal is not None:
             self._refuse(incoming.refusal)
         else:
@@ -574,6 +634,9 @@ class ClientConnection(asyncio.Protocol):
 
     def call_ended(self) -> None:
         self._call = None
+        if self._is_uploading:  # answered before all of it came
+            self._is_uploading = False
+            self._is_deaf = True
         self._answered()
 
     def _answered(self) -> None:

@@ -71,6 +71,10 @@ class Caller(Protocol):
 
     def upstream_lost(self) -> None: ...
 
+    def upstream_is_full(self) -> None: ...
+
+    def upstream_has_room(self) -> None: ...
+
 
 class Upstream:
     """One routable endpoint, or one that was until a moment ago. `in_flight` is changed by the calls."""
@@ -171,6 +175,7 @@ class UpstreamConnection(asyncio.Protocol):
         "head",
         "idle_since",
         "is_fresh",
+        "is_sending",
         "on_body",
         "transport",
         "upstream",
@@ -182,6 +187,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.transport: asyncio.Transport
         self.idle_since = 0.0
         self.is_fresh = True
+        self.is_sending = False  # the request is not whole yet
         self.head = Head()
         self._has_begun = self._has_ended = self._is_told = self._is_reusable = self._is_overrun = False
         self._pieces: list[bytes] = []
@@ -252,10 +258,12 @@ class UpstreamConnection(asyncio.Protocol):
             caller.upstream_lost()
 
     def pause_writing(self) -> None:
-        """Nothing: a request's body is in memory anyway, and it is bounded."""
+        if self.caller is not None:
+            self.caller.upstream_is_full()
 
     def resume_writing(self) -> None:
-        pass
+        if self.caller is not None:
+            self.caller.upstream_has_room()
 
     # --- the parser's side ------------------------------------------------------------------------------
 
@@ -301,7 +309,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.caller = None
         self.is_fresh = False
         # before the call is told: the same client's next request may follow at once
-        if self._is_reusable and not self._is_overrun and not self.transport.is_closing():
+        if self._is_reusable and not (self._is_overrun or self.is_sending or self.transport.is_closing()):
             self.upstream.keep(self, time.monotonic())
         else:
             self.transport.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 
 import openai
 import pytest
@@ -10,8 +11,10 @@ from openai.types.chat import ChatCompletionMessageParam
 
 from controlplane.clock import utc_now
 from controlplane.db import Database, replica_sets
+from controlplane.proxy import WaitingOptions
 from tests.integration.proxy_rig import (
     MODEL,
+    QUICK,
     Connection,
     Received,
     Running,
@@ -46,7 +49,8 @@ async def proxy(db: Database, fake: FakeProcess) -> AsyncIterator[Running]:
     await make_routable(db, fake.url, api_key=fake.key)
     await make_scalable(db, "asleep")
     await replica_sets.pause(db, await make_scalable(db, "resting"), actor="test", now=utc_now())
-    async with running_proxy(db, key=await make_key(db)) as running:
+    options = replace(QUICK, waiting=WaitingOptions(hold_seconds_without_stream=0.3))
+    async with running_proxy(db, options, key=await make_key(db)) as running:
         yield running
 
 

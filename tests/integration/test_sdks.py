@@ -31,7 +31,11 @@ from tests.integration.proxy_rig import (
 )
 from tests.integration.sdks import PythonSdk, Question, Raised, Sdk, running_js
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [
+    pytest.mark.asyncio(loop_scope="module"),
+    # OpenAI has deprecated its own route for translations; vLLM serves it
+    pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning"),
+]
 
 WAITS = WaitingOptions(hold_seconds=0.3, hold_seconds_without_stream=0.3)  # then what starts is given up
 OPTIONS = replace(QUICK, max_body_bytes=20_000, first_byte_timeout_seconds=0.5, waiting=WAITS)
@@ -303,9 +307,9 @@ async def test_a_short_pause_is_outwaited_by_its_retry_after(proxy: Running, db:
     until = utc_now() + timedelta(seconds=2)
     await replica_sets.pause(db, name, until=until, actor="test", now=utc_now())
     answer = await proxy.chat(model="briefly")
-    while answer.status_code == 404 or answer.json()["error"]["code"] == "model_starting":  # not heard of yet
+    while answer.headers.get("retry-after") != "2":  # not heard of yet: it may know of the last one only
         answer = await proxy.chat(model="briefly")
-    assert (answer.status_code, answer.headers["retry-after"]) in ((503, "1"), (503, "2"))
+    assert answer.status_code == 503
     before = asked(proxy, "briefly")
     await sdk.ask(question(proxy, "chat", "briefly", max_retries=1))
     assert utc_now() >= until
