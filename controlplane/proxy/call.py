@@ -126,6 +126,7 @@ class Call:
     _has_begun = False  # something was sent to the client
     _is_chunked = False
     _upload: Upload | None = None
+    _is_form = False
     _pieces = 0
     _overhead = 0.0
     _first_byte_at = 0.0
@@ -156,6 +157,7 @@ class Call:
 
     def begin_form(self, model: str, now: float, upload: Upload | None) -> None:
         """The same for a form that asks for this model. `upload`: what of it is still to come."""
+        self._is_form = True
         if upload is not None:
             self._upload = upload
             self._client.transport.pause_reading()  # until there is somebody who takes it
@@ -243,6 +245,8 @@ class Call:
 
     def _connect(self, upstream: Upstream, now: float) -> None:
         self._phase = _CONNECTING
+        if self._upload is not None:
+            self._client.transport.pause_reading()  # nobody takes what comes
         self._connecting = upstream.connect(self)
         self._breaks_at = now + self._plane.options.connect_timeout_seconds
         self._await_silence(now)
@@ -288,6 +292,7 @@ class Call:
         self._connection = connection
         self._sent_at = now
         connection.is_sending = True
+        upload.is_blocked = False  # by the one that was tried before
         length = wire.CHUNKED if upload.length is None else b"content-length: %d\r\n" % upload.length
         connection.send(
             self,
@@ -309,7 +314,8 @@ class Call:
         if upload.is_whole:
             self._sent_all(connection, upload, now)
             return
-        self._client.transport.resume_reading()
+        if not upload.is_blocked:  # by what came first, which may have been much
+            self._client.transport.resume_reading()
         self._await_rest(now)
 
     def more_came(self, piece: bytes) -> None:
@@ -325,11 +331,13 @@ class Call:
         if self._phase is _ASKED:
             self._await_rest(self._plane.now)
 
-    def all_came(self) -> None:
-        """The body is whole."""
+    def all_came(self, *, keeps_alive: bool) -> None:
+        """The body is whole. `keeps_alive`: the client's connection may serve another request after it."""
         upload, connection = self._upload, self._connection
         if upload is None:
             return
+        if not self._has_begun:  # else the client was told that the connection will be closed
+            self._client.keeps_alive = keeps_alive
         upload.is_whole = True
         if connection is not None:
             self._sent_all(connection, upload, time.monotonic())
@@ -761,7 +769,8 @@ class Call:
             is_aborted = self.has_client_left or self.failure is not None
             if not tokens.is_known and self._first_byte_at and is_aborted:
                 # it did not live to tell: a piece of a stream is a token, or a few
-                tokens.prompt, tokens.completion = len(self.request.body) // _BYTES_A_TOKEN, self._pieces
+                tokens.prompt = 0 if self._is_form else len(self.request.body) // _BYTES_A_TOKEN
+                tokens.completion = self._pieces
             if is_aborted or self.status < 400:
                 plane.usage.record(
                     tenant,

@@ -256,7 +256,9 @@ class ClientConnection(asyncio.Protocol):
         call, cycle = self._call, self._cycle
         if call is not None:
             call.client_left()
-        elif self._incoming is not None and self._incoming.request is not None and self._incoming.key is not None:
+        elif self._is_deaf or self._incoming is None:
+            pass  # nothing was asked, or it was answered
+        elif self._incoming.request is not None and self._incoming.key is not None:
             self.plane.metrics.ended("", self._incoming.key.tenant, CLIENT_LEFT, 0.0)
         if cycle is not None:
             cycle.disconnected = True
@@ -491,13 +493,15 @@ class ClientConnection(asyncio.Protocol):
             try:
                 incoming.model = incoming.form.finish()
             except ApiError as error:
-                self._refuse_rest(incoming, error)
+                if self._is_uploading:
+                    self._refuse_rest(incoming, error)
+                    return
+                incoming.refusal = error
         if not self._is_uploading:
             self._queue.append(incoming)
         elif self._call is not None:
             self._is_uploading = False
-            self.keeps_alive = incoming.keeps_alive and not self._is_stopping
-            self._call.all_came()
+            self._call.all_came(keeps_alive=incoming.keeps_alive and not self._is_stopping)
 
     # --- heads that are known -----------------------------------------------------------------------------
 
@@ -568,11 +572,14 @@ class ClientConnection(asyncio.Protocol):
 
     def _give_up(self, error: ApiError, incoming: _Incoming | None = None) -> None:
         """Answer, and close: where the next request begins cannot be known, or would be too long in coming."""
+        self._is_deaf = True
+        if self._is_uploading and self._call is not None:
+            self._call.give_up(error)
+            return
         incoming = incoming or _Incoming()
         incoming.refusal = error
         incoming.keeps_alive = False
         self._incoming = None
-        self._is_deaf = True
         self._queue.append(incoming)
 
     def _serve_by_application(self, incoming: _Incoming) -> None:

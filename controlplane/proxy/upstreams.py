@@ -311,6 +311,8 @@ class UpstreamConnection(asyncio.Protocol):
         # before the call is told: the same client's next request may follow at once
         if self._is_reusable and not (self._is_overrun or self.is_sending or self.transport.is_closing()):
             self.upstream.keep(self, time.monotonic())
+        elif self.is_sending:
+            self.transport.abort()  # what of the request was not taken yet is not wanted
         else:
             self.transport.close()
         caller.answer_ended(last)
