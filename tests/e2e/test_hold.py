@@ -18,7 +18,6 @@ from controlplane.demo.slurm_cluster import SlurmCluster
 from tests.conftest import eventually
 from tests.e2e.plant import SPEC, Plant, jobs_of, living
 from tests.integration.arrivals import WHOLE, Arrivals
-from tests.integration.not_yet import not_yet
 
 REQUESTS = 200
 
@@ -37,7 +36,6 @@ def up(
         yield plant
 
 
-@not_yet("hold")
 async def test_200_requests_at_a_model_with_zero_replicas_start_one_job_and_are_all_answered(up: Plant) -> None:
     spec = replace(SPEC, name="asleep", model="asleep model", min_replicas=0, max_replicas=2)
     async with Database(DatabaseOptions(up.database_url)) as db:

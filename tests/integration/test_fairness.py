@@ -11,7 +11,6 @@ from controlplane.clock import utc_now
 from controlplane.db import keys
 from tests.conftest import eventually
 from tests.integration.arrivals import CUT, WHOLE, Arrivals
-from tests.integration.not_yet import not_yet
 from tests.integration.proxy_process import proxy_process
 from tests.integration.proxy_rig import make_routable, opened
 from tests.integration.test_fake_vllm import running_fake
@@ -23,7 +22,6 @@ POLITE_AT_ONCE, POLITE_EACH = 2, 20
 FIELDS = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}  # 0.4 s when a slot is free
 
 
-@not_yet("fairness")
 async def test_500_requests_of_a_greedy_tenant_raise_anothers_p95_by_at_most_a_fifth(
     database_url: str, tmp_path: Path
 ) -> None:

@@ -15,7 +15,6 @@ from controlplane.db import migrate
 from controlplane.demo.postgres import PrivatePostgres
 from tests.conftest import eventually
 from tests.integration.arrivals import CUT, WHOLE, Arrivals
-from tests.integration.not_yet import not_yet
 from tests.integration.proxy_process import proxy_process
 from tests.integration.proxy_rig import CHAT, Connection, Received, upstream
 from tests.integration.test_fake_vllm import running_fake
@@ -74,7 +73,6 @@ async def test_no_request_fails_while_postgresql_is_away(session_directory: Path
     assert during >= OUTAGE_SECONDS * 50 * 0.8
 
 
-@not_yet("lost before the first byte")
 async def test_of_200_requests_a_second_only_streams_that_had_begun_at_a_killed_endpoint_are_lost(
     database_url: str, tmp_path: Path
 ) -> None:

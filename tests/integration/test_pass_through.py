@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from controlplane.db import Database
-from tests.integration.not_yet import not_yet
 from tests.integration.proxy_rig import (
     CHAT,
     MODEL,
@@ -134,7 +133,6 @@ def form(*, model_first: bool, boundary: bytes = b"----x0") -> bytes:
     return parts + part(b'name="language"', b"de") + b"--" + boundary + b"--\r\n"
 
 
-@not_yet("audio")
 @pytest.mark.parametrize("model_first", [True, False])
 @pytest.mark.parametrize("route", AUDIO_ROUTES)
 async def test_a_form_arrives_as_it_was_sent(db: Database, route: str, model_first: bool) -> None:
@@ -159,7 +157,7 @@ async def test_a_form_arrives_as_it_was_sent(db: Database, route: str, model_fir
 # --- answers ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("route", [*JSON_ROUTES, *(pytest.param(one, marks=not_yet("audio")) for one in AUDIO_ROUTES)])
+@pytest.mark.parametrize("route", [*JSON_ROUTES, *AUDIO_ROUTES])
 async def test_any_answer_comes_back_as_it_was_given(db: Database, route: str) -> None:
     is_audio = route in AUDIO_ROUTES
     body = form(model_first=True) if is_audio else b'{"model":"tiny"}'

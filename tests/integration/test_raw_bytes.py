@@ -16,7 +16,6 @@ from random import SystemRandom
 import pytest
 import pytest_asyncio
 
-from tests.integration.not_yet import not_yet
 from tests.integration.proxy_process import ProxyProcess, proxy_process
 from tests.integration.proxy_rig import CHAT, MODEL, Connection, Received, Upstream, upstream
 from tests.integration.raw_bytes import (
@@ -90,11 +89,7 @@ def check_what_went_upstream(requests: list[Received]) -> None:
 # --- shapes ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [pytest.param(one, marks=not_yet(one.lacks)) if one.lacks else one for one in SHAPES],
-    ids=lambda shape: shape.name,
-)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
 async def test_a_shape_becomes_what_rfc_9112_wants_of_it(proxy: ProxyProcess, server: Upstream, shape: Shape) -> None:
     def is_answered(heard: Heard) -> bool:
         return shape.outcome is not Outcome.REFUSED and len(heard.statuses) > 0 and heard.data.endswith(b"}")
@@ -116,7 +111,6 @@ async def test_a_shape_becomes_what_rfc_9112_wants_of_it(proxy: ProxyProcess, se
     assert all(request.header("x-smuggled") == [] for request in server.requests)
 
 
-@not_yet("trailers")
 async def test_trailers_do_not_become_headers(proxy: ProxyProcess, server: Upstream) -> None:
     trailers = b"0\r\nx-request-id: mine\r\nx-trailer: 1\r\nauthorization: Bearer x\r\n\r\n"
     said = post(b"transfer-encoding: chunked", body=b"%x\r\n%b\r\n" % (len(BODY), BODY) + trailers)
@@ -166,7 +160,6 @@ async def test_who_waits_to_be_told_to_continue_is_told(proxy: ProxyProcess, ser
     assert server.requests[0].header("expect") == []
 
 
-@not_yet("upgrade")
 @pytest.mark.parametrize("protocol", [b"h2c", b"websocket", b"TLS/1.0"])
 async def test_an_upgrade_is_not_taken_up_and_the_request_is_served(
     proxy: ProxyProcess, server: Upstream, protocol: bytes
@@ -183,7 +176,6 @@ async def test_an_upgrade_is_not_taken_up_and_the_request_is_served(
     assert server.requests[0].header("upgrade") == []
 
 
-@not_yet("upgrade")
 async def test_a_connection_on_which_an_upgrade_was_refused_serves_on_or_closes(proxy: ProxyProcess) -> None:
     models = b"GET /v1/models HTTP/1.1\r\nhost: x\r\n" + credentials(proxy)
     said = models + b"\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n" + models + b"\r\nconnection: close\r\n\r\n"
@@ -238,6 +230,5 @@ async def test_made_up_bytes_are_answered_or_closed_and_never_with_a_fault_of_ou
     print(f"fuzz: {done} conversations, {len(server.requests)} requests passed on")  # noqa: T201
 
 
-@not_yet("log of broken connections")
 async def test_nothing_of_all_this_was_logged_as_a_fault_of_ours(proxy: ProxyProcess) -> None:
     proxy.check_log()

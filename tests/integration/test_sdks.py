@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
+import httpx
 import pytest
 import pytest_asyncio
 
 from controlplane.clock import utc_now
-from controlplane.db import Database, replica_sets
+from controlplane.db import Database, keys, replica_sets, tenants
 from controlplane.proxy import WaitingOptions
-from tests.integration.not_yet import not_yet
 from tests.integration.proxy_rig import (
+    CHAT,
     MODEL,
     QUICK,
     Connection,
@@ -27,6 +29,7 @@ from tests.integration.proxy_rig import (
     opened,
     refusing_url,
     running_proxy,
+    until_status,
     upstream,
 )
 from tests.integration.sdks import PythonSdk, Question, Raised, Sdk, running_js
@@ -37,15 +40,16 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning"),
 ]
 
-WAITS = WaitingOptions(hold_seconds=0.3, hold_seconds_without_stream=0.3)  # then what starts is given up
+# then what starts is given up, and what queues
+WAITS = WaitingOptions(hold_seconds=0.3, hold_seconds_without_stream=0.3, queue_seconds=0.3)
 OPTIONS = replace(QUICK, max_body_bytes=20_000, first_byte_timeout_seconds=0.5, waiting=WAITS)
 LONG = "x" * 30_000
-MODELS = (MODEL, "asleep", "resting", "briefly", "dead", "late", "breaks", "strict", "busy", "nobodys")
+MODELS = (MODEL, "asleep", "resting", "briefly", "dead", "late", "breaks", "strict", "busy", "crowded", "nobodys")
 """What the good key may use; `secret` it may not."""
 
 TEXT_CALLS = ("chat", "completion", "embedding", "response")
 AUDIO_CALLS = ("transcription", "translation")
-CALLS = [*TEXT_CALLS, *(pytest.param(one, marks=not_yet("audio")) for one in AUDIO_CALLS)]
+CALLS = [*TEXT_CALLS, *AUDIO_CALLS]
 STREAMS = ("chat", "completion", "response")
 
 
@@ -59,7 +63,7 @@ class Row:
     kind: str
     type: str = "invalid_request_error"
     param: str | None = None
-    key: str | None = None
+    key: str | None = None  # or the tenant whose key it is
     text: str = "hello"
 
 
@@ -75,6 +79,13 @@ ROWS = {
     "too late": Row("late", 504, "upstream_timeout", "InternalServerError", type="server_error"),
     "refused by the engine": Row("strict", 400, "of_the_engine", "BadRequestError", type="BadRequestError", param="x"),
     "limited": Row("busy", 429, "rate_limit_exceeded", "RateLimitError", type="rate_limit_error"),
+    "of a limited tenant": Row(
+        MODEL, 429, "rate_limit_exceeded", "RateLimitError", type="rate_limit_error", key="limited"
+    ),
+    "of a tenant that used all": Row(
+        MODEL, 429, "insufficient_quota", "RateLimitError", type="insufficient_quota", key="spent"
+    ),
+    "queue full": Row("crowded", 429, "queue_full", "RateLimitError", type="rate_limit_error"),
 }
 
 ANSWERS = {
@@ -123,6 +134,12 @@ async def hang(request: Received, connection: Connection) -> None:
     await connection.closed_by_the_proxy()
 
 
+async def endless(request: Received, connection: Connection) -> None:
+    await connection.begin_stream()
+    await connection.event(EVENTS["/v1/chat/completions"])
+    await connection.closed_by_the_proxy()
+
+
 async def strict(request: Received, connection: Connection) -> None:
     body = b'{"error":{"message":"m","type":"BadRequestError","param":"x","code":"of_the_engine"}}'
     await connection.answer(body, status="400 Bad Request")
@@ -152,14 +169,53 @@ async def proxy(db: Database) -> AsyncIterator[Running]:
         upstream(breaks) as broken,
         upstream(strict) as stern,
         upstream(busy) as full,
+        upstream(endless) as crowd,
     ):
         urls = {MODEL: good, "late": late, "breaks": broken, "strict": stern, "busy": full, "secret": good}
         for model, server in urls.items():
             await make_routable(db, server.url, model=model)
         with refusing_url() as dead:
             await make_routable(db, dead, model="dead")
-            async with running_proxy(db, OPTIONS, key=await make_key(db, *MODELS)) as running:
+            await make_routable(db, crowd.url, model="crowded", max_in_flight=1)
+            await make_tenants(db)
+            async with (
+                running_proxy(db, OPTIONS, key=await make_key(db, *MODELS)) as running,
+                reached(running),
+            ):
                 yield running
+
+
+KEYS: dict[str, str] = {}
+"""Of the tenants that are at a limit, by name."""
+
+
+async def make_tenants(db: Database) -> None:
+    now = utc_now()
+    for name in ("limited", "spent"):
+        KEYS[name], _ = await keys.create(db, name, models=None, expires_at=None, actor="test", now=now)
+    await tenants.set_limits(db, "limited", {"max_concurrent": 1}, actor="test", now=now)
+    await tenants.set_limits(db, "spent", {"monthly_tokens": 1}, actor="test", now=now)
+    async with db.connection() as connection:
+        await connection.execute(
+            "INSERT INTO tenant_months (tenant, month, tokens) VALUES ('spent', %s, 2)", (now.date().replace(day=1),)
+        )
+
+
+@asynccontextmanager
+async def reached(proxy: Running) -> AsyncIterator[None]:
+    """Every limit is reached: by streams that do not end, and by what the month has cost."""
+    body = {"model": "crowded", "messages": [], "stream": True}
+    async with AsyncExitStack() as streams:
+        for key in (KEYS["limited"], proxy.key, proxy.key):  # there is a seat in reserve for another tenant
+            headers = {"authorization": f"Bearer {key}"}
+            await streams.enter_async_context(proxy.client.stream("POST", CHAT, json=body, headers=headers))
+
+        async def ask() -> httpx.Response:
+            headers = {"authorization": f"Bearer {KEYS['spent']}"}
+            return await proxy.client.post(CHAT, json={"model": MODEL, "messages": []}, headers=headers)
+
+        await until_status(ask, 429)
+        yield
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=["Python", "JavaScript"])
@@ -236,8 +292,9 @@ async def test_every_refusal_is_the_right_exception_with_its_fields(
     proxy: Running, sdk: Sdk, call: str, row: str
 ) -> None:
     expected = ROWS[row]
+    key = KEYS.get(expected.key or "", expected.key)
     for stream in {False, call in STREAMS}:
-        told = await sdk.ask(question(proxy, call, expected.model, expected.text, key=expected.key, stream=stream))
+        told = await sdk.ask(question(proxy, call, expected.model, expected.text, key=key, stream=stream))
         assert told.error is not None
         assert told.error.request_id
         assert replace(told.error, request_id=None) == Raised(
