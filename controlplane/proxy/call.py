@@ -237,7 +237,8 @@ class Call:
         self._tried += (upstream.url,)
         upstream.in_flight += 1
         upstream.breaker.began(now)
-        connection = upstream.take()
+        # what is passed on while it comes cannot be sent again, as it could be on one that was closed meanwhile
+        connection = upstream.take() if self._upload is None else None
         if connection is not None:
             self._ask(connection, now)
         else:
@@ -247,6 +248,7 @@ class Call:
         self._phase = _CONNECTING
         if self._upload is not None:
             self._client.transport.pause_reading()  # nobody takes what comes
+            self._upload.is_blocked = False  # as another one was
         self._connecting = upstream.connect(self)
         self._breaks_at = now + self._plane.options.connect_timeout_seconds
         self._await_silence(now)
@@ -491,10 +493,11 @@ class Call:
         """The header that says where the answer ends. `whole`: its length, if it is here already."""
         if head.status in (204, 304):
             return b""
-        if head.content_length is not None:
-            return b"content-length: %d\r\n" % head.content_length
-        if whole is not None and self._events is None:
-            return b"content-length: %d\r\n" % whole
+        if self._events is None:  # or events are hidden, and comments put in
+            if head.content_length is not None:
+                return b"content-length: %d\r\n" % head.content_length
+            if whole is not None:
+                return b"content-length: %d\r\n" % whole
         if self.request.is_http_10:
             self._client.keeps_alive = False  # which is how it ends
             return b""
@@ -609,7 +612,7 @@ class Call:
         """
         self._leave_upstream(failure)
         self.failure = failure
-        if self._events is not None:
+        if self._events is not None and not self._events.is_inside:
             self._end_stream_with(upstream_error(self._sentence(failure)).body())
             return
         self._client.cut_short()
@@ -632,9 +635,7 @@ class Call:
 
     def deadline_passed(self, now: float) -> None:
         """The client's deadline, which is this call's while there is one."""
-        if self._client.is_full:
-            self._client.abort()  # it reads nothing
-        elif self._phase is _ANSWERING and now - self._heard_at >= self._plane.options.idle_timeout_seconds:
+        if self._phase is _ANSWERING and now - self._heard_at >= self._plane.options.idle_timeout_seconds:
             self._break_off(Failure.BROKEN)
         elif self._phase is _CONNECTING and now >= self._breaks_at:
             self._failed(Failure.CONNECT_TIMEOUT)
@@ -650,7 +651,7 @@ class Call:
         """Wake when the next comment is due, where one can be sent, or when it has taken too long."""
         self._client.deadline = (
             min(self._breaks_at, now + self._plane.options.keepalive_comment_seconds)
-            if self._asked.stream
+            if self._asked.stream or self._events is not None
             else self._breaks_at
         )
 
@@ -676,14 +677,14 @@ class Call:
                     b"" if client.keeps_alive else wire.CLOSE,
                 )
             )
-        client.write(wire.chunk(_COMMENT) if self._is_chunked else _COMMENT)
+        if self._events is None or not self._events.is_inside:
+            client.write(wire.chunk(_COMMENT) if self._is_chunked else _COMMENT)
         self._await_silence(now)
 
     def client_is_full(self) -> None:
         """The client reads more slowly than the upstream writes; that is not the upstream's fault."""
         if self._connection is not None:
             self._connection.transport.pause_reading()
-        self._client.deadline = self._plane.now + self._plane.options.client_timeout_seconds
 
     def client_has_room(self) -> None:
         if self._connection is not None:

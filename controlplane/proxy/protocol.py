@@ -205,7 +205,7 @@ class ClientConnection(asyncio.Protocol):
         self._cycle: RequestResponseCycle | None = None
         self._incoming: _Incoming | None = None
         self._queue: deque[_Incoming] = deque()
-        self._read_ahead: list[bytes] = []
+        self._read_ahead = b""
         self._is_advancing = False
         self._is_stopping = False
         self._is_uploading = False  # the call has begun, and its request is not whole
@@ -228,9 +228,9 @@ class ClientConnection(asyncio.Protocol):
         if self._is_uploading:
             self._feed(data)
             return
-        if self._call is not None or self._cycle is not None:
-            self._read_ahead.append(data)
-            if sum(map(len, self._read_ahead)) > _READ_AHEAD_BYTES:
+        if self._call is not None or self._cycle is not None or self.is_full:
+            self._read_ahead += data
+            if len(self._read_ahead) > _READ_AHEAD_BYTES:
                 self.transport.pause_reading()
             return
         if self._incoming is None and not self._is_deaf:
@@ -268,6 +268,7 @@ class ClientConnection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self.is_full = True
+        self.deadline = self.plane.now + self.plane.options.client_timeout_seconds
         if self._flow is not None:
             self._flow.pause_writing()
         if self._call is not None:
@@ -279,6 +280,10 @@ class ClientConnection(asyncio.Protocol):
             self._flow.resume_writing()
         if self._call is not None:
             self._call.client_has_room()
+        elif self._cycle is not None:
+            self.deadline = math.inf
+        elif not self.transport.is_closing():
+            self._await_next()
 
     # --- uvicorn's side -----------------------------------------------------------------------------------
 
@@ -294,11 +299,12 @@ class ClientConnection(asyncio.Protocol):
     # --- time ---------------------------------------------------------------------------------------------
 
     def deadline_passed(self, now: float) -> None:
-        if self._call is not None:
+        if self.is_full or self.transport.is_closing():
+            self.abort()  # it reads nothing
+        elif self._call is not None:
             self._call.deadline_passed(now)
         elif self._is_closing_softly or self._incoming is None:
-            self.deadline = math.inf
-            self.transport.close()
+            self._close()
         else:
             self._give_up(request_timeout())
             self._advance()
@@ -307,22 +313,38 @@ class ClientConnection(asyncio.Protocol):
         self.deadline = math.inf
         self.transport.abort()
 
+    def _close(self) -> None:
+        """Once the client has read what it was told; it has not for ever."""
+        self.deadline = self.plane.now + self.plane.options.client_timeout_seconds
+        self.transport.close()
+
     # --- reading ------------------------------------------------------------------------------------------
 
     def _feed(self, data: bytes) -> None:
-        if self._is_deaf:
-            return
-        parser = self._parser = self._parser or httptools.HttpRequestParser(self)
         if (incoming := self._incoming) is not None:
             incoming.head_bytes += len(data)
         try:
-            parser.feed_data(data)
-        except httptools.HttpParserUpgrade as offer:
-            self._decline(self._queue.pop(), data[offer.args[0] :])
+            while data and not self._is_deaf:
+                data = self._parse(data)
         except httptools.HttpParserError:
             self._give_up(bad_request("This is not a valid HTTP request."))
+            return
+        if (incoming := self._incoming) is not None and incoming.method:
+            # without a piece of the body between: trailers, or extensions of chunks, for which nobody has asked
+            limit = self.plane.options.max_head_bytes
+            if incoming.head_bytes > limit:
+                self._give_up(head_too_large(limit))
 
-    def _decline(self, incoming: _Incoming, rest: bytes) -> None:
+    def _parse(self, data: bytes) -> bytes:
+        """What of it is to be parsed anew. Raises HttpParserError."""
+        parser = self._parser = self._parser or httptools.HttpRequestParser(self)
+        try:
+            parser.feed_data(data)
+        except httptools.HttpParserUpgrade as offer:
+            return self._decline(self._queue.pop(), data[offer.args[0] :]) if self._queue else b""
+        return b""
+
+    def _decline(self, incoming: _Incoming, rest: bytes) -> bytes:
         """A request that offers to change to another protocol, as `curl --http2` does, is served in this one.
 
         The parser has stopped behind its head, and takes what follows for the other protocol: it is read anew, without
@@ -330,7 +352,7 @@ class ClientConnection(asyncio.Protocol):
         """
         if incoming.method == "CONNECT":
             self._give_up(bad_request("This server is no tunnel."))
-            return
+            return b""
         fields = [
             (name, b"close" if b"close" in value.lower() else b"keep-alive") if name == b"connection" else (name, value)
             for name, value in incoming.fields
@@ -338,7 +360,7 @@ class ClientConnection(asyncio.Protocol):
         ]
         line = b"%b %b HTTP/%b\r\n" % (incoming.method.encode(), incoming.target, incoming.version.encode())
         self._parser = httptools.HttpRequestParser(self)
-        self._feed(line + wire.lines(fields) + b"\r\n" + rest)
+        return line + wire.lines(fields) + b"\r\n" + rest
 
     def _look_at_part(self, incoming: _Incoming) -> None:
         """The next request is not whole yet; there may be something to say to it all the same."""
@@ -432,7 +454,7 @@ class ClientConnection(asyncio.Protocol):
                 incoming.is_plain = False
                 incoming.expects_continue = value.lower() == b"100-continue"
             elif name == b"connection":
-                hops = value.lower()
+                hops = value.lower() if hops is None else b"%b,%b" % (hops, value.lower())
                 incoming.is_plain = incoming.is_plain and hops == b"keep-alive"
             elif name == b"transfer-encoding":
                 incoming.is_plain = False
@@ -461,6 +483,7 @@ class ClientConnection(asyncio.Protocol):
         incoming = self._incoming
         assert incoming is not None
         incoming.size += len(body)
+        incoming.head_bytes = 0
         if incoming.refusal is not None:
             return
         limit = self.plane.options.max_body_bytes if incoming.request is not None else _OTHER_BODY_BYTES
@@ -572,6 +595,8 @@ class ClientConnection(asyncio.Protocol):
 
     def _give_up(self, error: ApiError, incoming: _Incoming | None = None) -> None:
         """Answer, and close: where the next request begins cannot be known, or would be too long in coming."""
+        if self._is_closing_softly:
+            return
         self._is_deaf = True
         if self._is_uploading and self._call is not None:
             self._call.give_up(error)
@@ -649,21 +674,25 @@ class ClientConnection(asyncio.Protocol):
     def _answered(self) -> None:
         self.state.total_requests += 1
         if self.transport.is_closing():
-            return
-        if self.keeps_alive:
-            self.deadline = self.plane.now + self.config.timeout_keep_alive
-            if self._queue or self._read_ahead or self._incoming is not None:
-                self._advance()
+            self.deadline = self.plane.now + self.plane.options.client_timeout_seconds
+        elif self.keeps_alive:
+            if not self.is_full:  # or the next answer would only be piled upon this one
+                self._await_next()
         elif self._is_deaf and not self._is_stopping:
             self._close_softly()
         else:
-            self.transport.close()
+            self._close()
+
+    def _await_next(self) -> None:
+        self.deadline = self.plane.now + self.config.timeout_keep_alive
+        if self._queue or self._read_ahead or self._incoming is not None:
+            self._advance()
 
     def _close_softly(self) -> None:
         """Say that nothing more will come, and read on for a moment: closing at once would reset the connection, and
         take the answer from a client that is still sending."""
         self._is_closing_softly = True
-        self._read_ahead.clear()
+        self._read_ahead = b""
         self.deadline = self.plane.now + _THROWN_AWAY_SECONDS
         self.transport.resume_reading()
         if self.transport.can_write_eof():
@@ -674,12 +703,11 @@ class ClientConnection(asyncio.Protocol):
         if self._is_advancing:
             return
         self._is_advancing = True
-        while self._call is None and self._cycle is None and not self._is_closing_softly:
+        while self._call is None and self._cycle is None and not (self._is_closing_softly or self.is_full):
             if self._queue:
                 self._begin(self._queue.popleft())
             elif self._read_ahead:
-                data = b"".join(self._read_ahead)
-                self._read_ahead.clear()
+                data, self._read_ahead = self._read_ahead, b""
                 self.transport.resume_reading()
                 self._feed(data)
             elif self._incoming is not None:

@@ -76,7 +76,7 @@ def _read_leniently(body: bytes) -> Asked:
 
 def asks_for_usage(asked: Asked) -> bool:
     """Whether the client itself wants to be told in its stream how many tokens were used."""
-    options = json.loads(bytes(asked.stream_options) or b"null")
+    options = _stream_options(asked)
     return isinstance(options, dict) and options.get("include_usage") is True
 
 
@@ -86,12 +86,19 @@ def with_usage_asked_for(body: bytes, asked: Asked) -> bytes:
         at = body.index(b"{") + 1
         return b"%b%b,%b" % (body[:at], _ASKS_FOR_USAGE, body[at:])
     # Of two equal keys the last one counts (RFC 8259 leaves it open; Python's parser, hence vLLM, does it so).
-    given = json.loads(bytes(asked.stream_options) or b"null")
+    given = _stream_options(asked)
     if given is not None and not isinstance(given, dict):
         return body  # nonsense, which is the upstream's to refuse
     options = json.dumps({**(given or {}), "include_usage": True}, separators=(",", ":")).encode()
     at = body.rindex(b"}")
     return b'%b,"stream_options":%b%b' % (body[:at], options, body[at:])
+
+
+def _stream_options(asked: Asked) -> object:
+    try:
+        return json.loads(bytes(asked.stream_options) or b"null")
+    except (ValueError, RecursionError):  # msgspec has only skipped it: no UTF-8, or too deep
+        return False
 
 
 def request_id_of(given: bytes | None) -> bytes:

@@ -143,21 +143,26 @@ class EventReader:
     a comment may be put in at any time.
     """
 
-    __slots__ = ("_hides_usage", "tail", "tokens")
+    __slots__ = ("_hides_usage", "is_inside", "tail", "tokens")
 
     def __init__(self, *, hides_usage: bool) -> None:
         self.tokens = TokenCount()
         self.tail = b""  # of an event whose end has not come yet
+        self.is_inside = False  # an event that was too long to wait for has been passed on in part
         self._hides_usage = hides_usage
 
     def feed(self, piece: bytes) -> bytes:
         """What of the stream may be passed on now."""
         if not self.tail and piece.endswith(b"\n\n"):
+            self.is_inside = False
             return self._read(piece) if _USAGE in piece else piece
         piece = self.tail + piece
         cut = _end_of_last_event(piece)
+        if cut:
+            self.is_inside = False
         if len(piece) - cut > _LONGEST_EVENT:
             cut = len(piece)
+            self.is_inside = True
         self.tail = piece[cut:]
         piece = piece[:cut]
         return self._read(piece) if _USAGE in piece else piece

@@ -223,10 +223,12 @@ class UpstreamConnection(asyncio.Protocol):
         try:
             parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.caller = None
-            self.transport.abort()
-            caller.upstream_lost()
-            return
+            if not self._has_ended:
+                self.caller = None
+                self.transport.abort()
+                caller.upstream_lost()
+                return
+            self._is_overrun = True  # the answer is whole; what comes behind it is no part of it
         if not self._is_told:
             if not self._has_begun:
                 return
@@ -269,9 +271,11 @@ class UpstreamConnection(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         if self._has_ended:
-            self._is_overrun = True  # it says more than it was asked
+            raise ValueError("it says more than it was asked")
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self._has_begun:
+            return  # a trailer
         name, head = name.lower(), self.head
         if name in _NOT_SENT_BACK:
             if name == b"transfer-encoding":
@@ -280,7 +284,7 @@ class UpstreamConnection(asyncio.Protocol):
                 head.is_framed = True
                 head.content_length = int(value)
             elif name == b"connection":
-                head.names_hops = value
+                head.names_hops = value if head.names_hops is None else b"%b,%b" % (head.names_hops, value)
             return
         if name == b"content-type":
             head.is_event_stream = value[:17].lower() == b"text/event-stream"
