@@ -448,6 +448,11 @@ class Call:
         elif self._has_begun:  # the client has been told that it gets a stream, and this is none: most likely an error
             self._opening += piece
             if is_whole:
+                if head.status in _ENGINE_FAILED:
+                    upstream.breaker.failed(time.monotonic())
+                else:
+                    upstream.breaker.succeeded(time.monotonic())
+                self._tokens = tokens_of(self._opening)
                 self._end_stream_with(self._opening)
             return False
         now = self._first_byte_at = time.monotonic()
@@ -549,6 +554,8 @@ class Call:
         """An event stream that begins with an error: nothing of it has been passed on."""
         if status in _ENGINE_FAILED and self._retry(Failure.ENGINE_FAILED):
             return
+        if status not in _ENGINE_FAILED and self._upstream is not None:
+            self._upstream.breaker.succeeded(time.monotonic())  # it has answered, and a probe waits to hear that
         self._leave_upstream(Failure.ENGINE_FAILED if status in _ENGINE_FAILED else None)
         if self._has_begun:
             self._end_stream_with(body)
@@ -723,7 +730,10 @@ class Call:
             self._give_place_back()
         tokens = self._tokens or self._read_tokens()
         if self._grant is not None:
-            self._grant.settle(tokens.prompt + tokens.completion if tokens.is_known else None)
+            if tokens.is_known:
+                self._grant.settle(tokens.prompt + tokens.completion)
+            else:
+                self._grant.settle(None if self._sent_at else 0)  # what reached no engine has cost nothing
         self._count(tokens, now)
         if self.status >= 400 or self.failure is not None or not plane.log.is_quiet:
             self._tell(now)

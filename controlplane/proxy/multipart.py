@@ -16,6 +16,7 @@ from python_multipart.multipart import parse_options_header
 from controlplane.proxy.errors import ApiError, invalid_request
 
 LONGEST_MODEL_BYTES = 256
+MOST_PARTS = 1000  # each costs a look at its headers, of which a body of nothing else would hold a million
 
 _MEDIA_TYPE = b"multipart/form-data"
 _DISPOSITION = b"content-disposition"
@@ -32,6 +33,7 @@ class ModelInForm:
         "_header_value",
         "_model",
         "_parser",
+        "_parts",
         "_value",
     )
 
@@ -49,6 +51,7 @@ class ModelInForm:
         self._disposition = b""
         self._body_began = False
         self._has_ended = False
+        self._parts = 0
         try:
             self._parser = MultipartParser(
                 boundary,
@@ -91,6 +94,9 @@ class ModelInForm:
 
     def _on_part_begin(self) -> None:
         self._disposition = b""
+        self._parts += 1
+        if self._parts > MOST_PARTS:
+            raise invalid_request(f"The form has more than {MOST_PARTS} parts.", param="body")
 
     def _on_header_begin(self) -> None:
         self._header_name.clear()

@@ -294,7 +294,7 @@ class ClientConnection(asyncio.Protocol):
         if self._cycle is not None:
             self._cycle.keep_alive = False
         elif self._call is None and self._incoming is None:
-            self.transport.close()
+            self._close()
 
     # --- time ---------------------------------------------------------------------------------------------
 
@@ -452,7 +452,7 @@ class ClientConnection(asyncio.Protocol):
                 x_api_key = value
             elif name == b"expect":
                 incoming.is_plain = False
-                incoming.expects_continue = value.lower() == b"100-continue"
+                incoming.expects_continue = _expects_continue(value, incoming.version)
             elif name == b"connection":
                 hops = value.lower() if hops is None else b"%b,%b" % (hops, value.lower())
                 incoming.is_plain = incoming.is_plain and hops == b"keep-alive"
@@ -738,7 +738,7 @@ def _check_framing(incoming: _Incoming) -> None:
         if name == b"host":
             hosts += 1
         elif name == b"expect":
-            incoming.expects_continue = value.lower() == b"100-continue"
+            incoming.expects_continue = _expects_continue(value, incoming.version)
         elif name == b"transfer-encoding":
             _check_coding(value, incoming.version)
         elif name == b"content-length":
@@ -749,6 +749,10 @@ def _check_framing(incoming: _Incoming) -> None:
 def _check_coding(value: bytes, version: str) -> None:
     if value.lower() != b"chunked" or version == "1.0":
         raise bad_request("The only transfer coding that is understood is `chunked`, in HTTP/1.1.")
+
+
+def _expects_continue(value: bytes, version: str) -> bool:
+    return value.lower() == b"100-continue" and version != "1.0"  # which knows no interim answers
 
 
 def _check_hosts(hosts: int, version: str) -> None:

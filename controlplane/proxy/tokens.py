@@ -17,6 +17,7 @@ _TAIL_BYTES = 8192  # of an answer that came in pieces: its usage is near the en
 _LARGEST_READ_WHOLE = 65536
 _LONGEST_EVENT = 65536  # a longer one is passed on unread
 _ABSENT = msgspec.Raw()
+_UNREADABLE = (msgspec.MsgspecError, ValueError, RecursionError)  # the last one: nested too deeply
 _USAGE = b'"usage"'
 _END_OF_EVENT = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 
@@ -99,7 +100,7 @@ class TokenCount:
 def tokens_of(body: bytes) -> TokenCount:
     """Of an answer that is one JSON document, and here whole."""
     tokens = TokenCount()
-    with suppress(msgspec.MsgspecError, UnicodeDecodeError):
+    with suppress(*_UNREADABLE):
         tokens._add_answer(_decode_answer(body))
     return tokens
 
@@ -131,7 +132,7 @@ class BodyReader:
         if at < 0 or start < 0:
             return
         text = self._tail[start:].decode("utf-8", "replace")
-        with suppress(ValueError, msgspec.MsgspecError):
+        with suppress(*_UNREADABLE):
             _, end = json.JSONDecoder().raw_decode(text)
             self.tokens._add(_decode_usage(text[:end]))
 
@@ -183,7 +184,7 @@ class EventReader:
     def _is_to_hide(self, event: bytes) -> bool:
         try:
             answer = _decode_answer(data_of(event))
-        except msgspec.MsgspecError:
+        except _UNREADABLE:
             return False
         self.tokens._add_answer(answer)
         return self._hides_usage and answer.usage is not None and bytes(answer.choices).replace(b" ", b"") == b"[]"
@@ -221,13 +222,13 @@ def error_in(event: bytes) -> tuple[int, bytes] | None:
         return None
     try:
         error = bytes(_decode_refusal(data).error)
-    except msgspec.MsgspecError:
+    except _UNREADABLE:
         return None
     if error in (b"", b"null"):
         return None
     try:
         code = _decode_refusal_code(error).code
-    except msgspec.MsgspecError:
+    except _UNREADABLE:
         code = None  # OpenAI's is a word, if there is one
     return (code if code is not None and 400 <= code <= 599 else 502), data
 

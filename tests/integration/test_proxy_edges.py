@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import replace
 
 import pytest
 
+from controlplane.core.breaker import BreakerState
+from controlplane.core.types import TenantLimits
 from controlplane.db import Database
 from tests.conftest import eventually
 from tests.integration.proxy_rig import (
@@ -23,6 +26,7 @@ from tests.integration.proxy_rig import (
     make_key,
     make_routable,
     opened,
+    refusing_url,
     running_proxy,
     upstream,
 )
@@ -148,6 +152,53 @@ async def test_a_comment_never_comes_into_the_middle_of_an_event(db: Database) -
     assert f"data: {half}{other_half}\n\n" in answer.text
 
 
+async def test_usage_that_cannot_be_read_is_no_fault(db: Database) -> None:
+    deep = b'"usage":' + b'{"a":' * 1500
+
+    async def nested(request: Received, connection: Connection) -> None:
+        await connection.send(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n{" % (len(deep) + 1))
+        await asyncio.sleep(0.05)
+        await connection.send(deep)
+
+    async with upstream(nested) as server:
+        await make_routable(db, server.url)
+        async with running_proxy(db, key=await make_key(db)) as proxy:
+            with Faults() as faults:
+                assert (await proxy.chat()).content == b"{" + deep
+            check_at_rest(proxy)
+    assert faults == []
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+async def test_an_answer_that_refuses_a_stream_tells_the_breaker_that_there_is_one(db: Database, is_late: bool) -> None:
+    async def refuses(request: Received, connection: Connection) -> None:
+        if is_late:
+            await asyncio.sleep(0.3)  # a comment has made it a stream by then
+            await connection.answer(b'{"error":{"message":"no"}}', "400 Bad Request")
+            return
+        await connection.begin_stream()
+        await connection.event('{"error":{"message":"no","code":400}}')
+        await connection.end_stream()
+
+    async with upstream(refuses) as server:
+        await make_routable(db, server.url)
+        options = replace(QUICK, keepalive_comment_seconds=0.1)
+        async with running_proxy(db, options, key=await make_key(db)) as proxy:
+            [endpoint] = proxy.app._plane.upstreams._known.values()
+            endpoint.breaker.failed(time.monotonic(), is_unreachable=True)
+            assert (await proxy.chat(stream=True)).status_code == (200 if is_late else 400)
+            assert endpoint.breaker.state is BreakerState.CLOSED
+
+
+async def test_a_request_that_reached_no_engine_uses_no_tokens_of_its_tenant(db: Database) -> None:
+    with refusing_url() as url:
+        await make_routable(db, url)
+        async with running_proxy(db, key=await make_key(db)) as proxy:
+            proxy.app._limits.follow({"tenant": TenantLimits(tokens_per_minute=1000)}, time.monotonic())
+            for _ in range(2):
+                assert (await proxy.chat(max_tokens=2000)).status_code == 502
+
+
 # --- a client that reads slowly, or not at all ------------------------------------------------------------
 
 
@@ -218,6 +269,21 @@ async def test_headers_that_any_connection_line_names_are_not_passed_on(db: Data
             await read_answer(reader)
             writer.close()
     assert server.requests[0].header("x-mine") == []
+
+
+async def test_a_client_that_speaks_http_1_0_is_not_told_to_continue(db: Database) -> None:
+    async with upstream(reply) as server:
+        await make_routable(db, server.url)
+        async with running_proxy(db, key=await make_key(db)) as proxy:
+            reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+            whole = post(proxy, chat(), "expect: 100-continue").replace(b"HTTP/1.1", b"HTTP/1.0")
+            writer.write(whole[:-5])
+            await eventually(lambda: [one for one in proxy.app._plane.connections if one._incoming])
+            writer.write(whole[-5:])
+            head, body = await read_answer(reader)
+            assert head.startswith("http/1.1 200 ")
+            assert body == REPLY
+            writer.close()
 
 
 async def test_trailers_without_end_are_refused(db: Database) -> None:

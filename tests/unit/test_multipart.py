@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from controlplane.proxy.errors import ApiError
-from controlplane.proxy.multipart import LONGEST_MODEL_BYTES, ModelInForm
+from controlplane.proxy.multipart import LONGEST_MODEL_BYTES, MOST_PARTS, ModelInForm
 
 CONTENT_TYPE = b"multipart/form-data; boundary=frontier"
 AUDIO = b"RIFF\x00\xff\r\n--front\r\n--frontierless\r\r\n\r\n--frontie" * 3
@@ -166,3 +166,8 @@ def test_a_large_file_is_passed_by_and_not_kept() -> None:
     tracemalloc.stop()
     assert peak < 64 * 1024 + sys.getsizeof(piece)
     assert form.feed(b"\r\n" + MODEL + END) == "whisper"
+
+
+def test_a_form_of_nothing_but_parts_is_refused() -> None:
+    assert outcome([MODEL, field("x", b"") * (MOST_PARTS - 1), END]) == ("whisper", None)
+    assert outcome([MODEL, field("x", b"") * MOST_PARTS, END]) == (None, "body")
