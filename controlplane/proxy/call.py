@@ -729,12 +729,12 @@ class Call:
         if self._has_place:
             self._give_place_back()
         tokens = self._tokens or self._read_tokens()
+        self._count(tokens, now)
         if self._grant is not None:
             if tokens.is_known:
                 self._grant.settle(tokens.prompt + tokens.completion)
             else:
                 self._grant.settle(None if self._sent_at else 0)  # what reached no engine has cost nothing
-        self._count(tokens, now)
         if self.status >= 400 or self.failure is not None or not plane.log.is_quiet:
             self._tell(now)
         self._client.call_ended()
