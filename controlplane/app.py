@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import secrets
 import socket
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -23,7 +21,7 @@ from controlplane import proxy, web
 from controlplane.clock import utc_now
 from controlplane.core.nodes import NodeRules
 from controlplane.core.planning import PlanRules
-from controlplane.db import PULL_CHANNEL, Database, DatabaseError, DatabaseOptions, slurm_jobs
+from controlplane.db import PULL_CHANNEL, Database, DatabaseError, DatabaseOptions, process_name, slurm_jobs
 from controlplane.dependencies import DatabaseWatch, SlurmWatch
 from controlplane.metrics import ControlPlaneMetrics, ProxyMetrics
 from controlplane.reconcile.actions import ActionOptions, Actor
@@ -175,9 +173,9 @@ async def _reconcile(
         loops.append(ReplicaLoop(db, slurm, actor, replica_options(settings, instance_id), metrics, utc_now))
         assert settings.slurm.job_directory is not None  # settings insist on it where there is a Slurm
         loops.append(JobLogLoop(db, JobLogOptions(settings.slurm.job_directory)))
-    # containers may share a host name and all have the process id 1
-    holder = f"{socket.gethostname()}/{os.getpid()}/{secrets.token_hex(4)}"
-    options = RunnerOptions(holder, settings.reconcile.lease_seconds, channels={AlertPullLoop.name: PULL_CHANNEL})
+    options = RunnerOptions(
+        process_name(), settings.reconcile.lease_seconds, channels={AlertPullLoop.name: PULL_CHANNEL}
+    )
     try:
         await Runner(db, loops, options, metrics, utc_now).run()
     finally:

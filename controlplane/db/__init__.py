@@ -7,7 +7,14 @@ somebody else has moved on; callers drop such a write and look again in their ne
 
 from controlplane.db.errors import DatabaseError, DbUnavailable, Duplicate, NotFound, Stale
 from controlplane.db.migrate import migrate, missing_migrations
-from controlplane.db.pool import ENDPOINTS_CHANNEL, PULL_CHANNEL, WAKE_CHANNEL, Database, DatabaseOptions
+from controlplane.db.pool import (
+    ENDPOINTS_CHANNEL,
+    PULL_CHANNEL,
+    WAKE_CHANNEL,
+    Database,
+    DatabaseOptions,
+    process_name,
+)
 
 __all__ = [
     "ENDPOINTS_CHANNEL",
@@ -22,4 +29,5 @@ __all__ = [
     "Stale",
     "migrate",
     "missing_migrations",
+    "process_name",
 ]

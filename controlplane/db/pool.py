@@ -14,6 +14,8 @@ here waits for longer than patience allows: then the connection is broken from t
 from __future__ import annotations
 
 import asyncio
+import os
+import secrets
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -40,6 +42,14 @@ _LOST_HOST = {"tcp_user_timeout": 10_000, "keepalives_idle": 10, "keepalives_int
 # a process that is stopped in the middle of a transaction keeps its locks, and everybody else from what they need; ours
 # take milliseconds between two statements
 _NO_FROZEN_LOCKS = "-c idle_in_transaction_session_timeout=5000"
+
+
+def process_name() -> str:
+    """A name for who writes, among all processes of all hosts, for ever; another one at each call.
+
+    Containers may share a host name and all have the process id 1.
+    """
+    return f"{socket.gethostname()}/{os.getpid()}/{secrets.token_hex(4)}"
 
 
 @dataclass(frozen=True, slots=True)

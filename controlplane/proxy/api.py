@@ -12,9 +12,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
-import os
-import secrets
-import socket
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -26,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 
 from controlplane.clock import utc_now
 from controlplane.core.retry_budget import RetryBudget
-from controlplane.db import Database
+from controlplane.db import Database, process_name
 from controlplane.metrics import ProxyMetrics, exposition
 from controlplane.proxy.access_log import AccessLog
 from controlplane.proxy.auth import authenticate, credential_of
@@ -79,15 +76,14 @@ class Proxy:
     def __init__(
         self, db: Database, options: ProxyOptions, metrics: ProxyMetrics, scrape: Scrape | None, rng: Random
     ) -> None:
-        # names this process among all of all hosts, for ever: what it told the database is told from others' by it
-        worker = f"{socket.gethostname()}/{os.getpid()}/{secrets.token_hex(4)}"
+        worker = process_name()  # what it told the database is told from others' by it
         self._options = options
         self._metrics = metrics
         self._scrape = scrape
         self._is_stopping = False
         self._directory = Directory(db, refresh_seconds=options.refresh_seconds, on_read=self._follow)
         self._usage = Usage(db, worker)
-        self._limits = Limits(db, worker, tally=self._usage.tally, expected_workers=options.workers)
+        self._limits = Limits(db, worker, tally=self._usage.tally)
         upstreams = Upstreams(keepalive_seconds=options.keepalive_seconds)
         self._rooms = WaitingRooms(
             options.waiting,

@@ -262,43 +262,20 @@ class Call:
         self._failed(failure)
 
     def _ask(self, connection: UpstreamConnection, now: float) -> None:
-        if self._upload is not None:
-            self._begin_sending(connection, self._upload, now)
-            return
-        request, upstream, body = self.request, connection.upstream, self._body
+        request, upstream, upload = self.request, connection.upstream, self._upload
         self._phase = _ASKED
         self._connection = connection
         self._sent_at = now
+        if upload is None:
+            body = self._body
+            length = b"content-length: %d\r\n" % len(body)
+        else:
+            connection.is_sending = True
+            body = b""
+            length = wire.CHUNKED if upload.length is None else b"content-length: %d\r\n" % upload.length
         connection.send(
             self,
-            b"POST %b%b%b%b%bcontent-length: %d\r\nx-request-id: %b\r\n\r\n%b"
-            % (
-                upstream.path,
-                request.path,
-                request.query,
-                upstream.head,
-                request.headers,
-                len(body),
-                request.request_id,
-                body,
-            ),
-        )
-        self._breaks_at = now + self._plane.options.first_byte_timeout_seconds
-        self._await_silence(now)
-
-    # --- a body that is still coming ----------------------------------------------------------------------
-
-    def _begin_sending(self, connection: UpstreamConnection, upload: Upload, now: float) -> None:
-        request, upstream = self.request, connection.upstream
-        self._phase = _ASKED
-        self._connection = connection
-        self._sent_at = now
-        connection.is_sending = True
-        upload.is_blocked = False  # by the one that was tried before
-        length = wire.CHUNKED if upload.length is None else b"content-length: %d\r\n" % upload.length
-        connection.send(
-            self,
-            b"POST %b%b%b%b%b%bx-request-id: %b\r\n\r\n"
+            b"POST %b%b%b%b%b%bx-request-id: %b\r\n\r\n%b"
             % (
                 upstream.path,
                 request.path,
@@ -307,10 +284,21 @@ class Call:
                 request.headers,
                 length,
                 request.request_id,
+                body,
             ),
         )
+        if upload is not None:
+            self._send_beginning(connection, upload, now)
+            return
+        self._breaks_at = now + self._plane.options.first_byte_timeout_seconds
+        self._await_silence(now)
+
+    # --- a body that is still coming ----------------------------------------------------------------------
+
+    def _send_beginning(self, connection: UpstreamConnection, upload: Upload, now: float) -> None:
+        """Of the body: what has come until now."""
         pieces, upload.pieces = upload.pieces, []
-        for piece in (request.body, *pieces):
+        for piece in (self.request.body, *pieces):
             self._pass_up(connection, upload, piece)
         upload.was_sent = bool(pieces)
         if upload.is_whole:
@@ -448,31 +436,24 @@ class Call:
         elif self._has_begun:  # the client has been told that it gets a stream, and this is none: most likely an error
             self._opening += piece
             if is_whole:
-                if head.status in _ENGINE_FAILED:
-                    upstream.breaker.failed(time.monotonic())
-                else:
-                    upstream.breaker.succeeded(time.monotonic())
+                _tell_breaker(upstream, head.status, time.monotonic())
                 self._tokens = tokens_of(self._opening)
                 self._end_stream_with(self._opening)
             return False
         now = self._first_byte_at = time.monotonic()
-        if head.status in _ENGINE_FAILED:
-            upstream.breaker.failed(now)
-        else:
-            upstream.breaker.succeeded(now)
+        _tell_breaker(upstream, head.status, now)
         self._phase = _ANSWERING
         options = self._plane.options
         self._patience = options.idle_timeout_seconds
         if events is not None:
             self._patience = min(self._patience, options.keepalive_comment_seconds)
+        elif is_whole:
+            self._tokens = tokens_of(piece)
+        else:
+            self._reader = BodyReader()
+            self._reader.feed(piece)
         self._client.deadline = now + self._patience
         self._heard_at = now
-        if events is None:
-            if is_whole:
-                self._tokens = tokens_of(piece)
-            else:
-                self._reader = BodyReader()
-                self._reader.feed(piece)
         if self._has_begun:  # with a comment
             self._client.write(wire.chunk(piece) if self._is_chunked and piece else piece)
             return True
@@ -499,10 +480,9 @@ class Call:
         if head.status in (204, 304):
             return b""
         if self._events is None:  # or events are hidden, and comments put in
-            if head.content_length is not None:
-                return b"content-length: %d\r\n" % head.content_length
-            if whole is not None:
-                return b"content-length: %d\r\n" % whole
+            length = whole if head.content_length is None else head.content_length
+            if length is not None:
+                return b"content-length: %d\r\n" % length
         if self.request.is_http_10:
             self._client.keeps_alive = False  # which is how it ends
             return b""
@@ -521,7 +501,7 @@ class Call:
         assert upstream is not None
         assert connection is not None
         is_stale = not connection.is_fresh and self._head is None and now - self._sent_at < _STALE_SECONDS
-        if is_stale and upstream.is_routable and not (self._upload is not None and self._upload.was_sent):
+        if is_stale and upstream.is_routable:
             # It had been closed while it was idle, as the others of that time have been.
             upstream.close_idle(math.inf)
             self._connect(upstream, now)
@@ -554,9 +534,9 @@ class Call:
         """An event stream that begins with an error: nothing of it has been passed on."""
         if status in _ENGINE_FAILED and self._retry(Failure.ENGINE_FAILED):
             return
-        if status not in _ENGINE_FAILED and self._upstream is not None:
-            self._upstream.breaker.succeeded(time.monotonic())  # it has answered, and a probe waits to hear that
-        self._leave_upstream(Failure.ENGINE_FAILED if status in _ENGINE_FAILED else None)
+        if self._upstream is not None:
+            _tell_breaker(self._upstream, status, time.monotonic())  # it has answered, and a probe waits to hear that
+        self._leave_upstream(None)
         if self._has_begun:
             self._end_stream_with(body)
         else:
@@ -584,15 +564,7 @@ class Call:
         self.status = status
         client = self._client
         client.write(
-            b"%b%bcontent-type: application/json\r\ncontent-length: %d\r\nx-request-id: %b\r\n%b\r\n%b"
-            % (
-                wire.STATUS_LINES[status],
-                client.default_lines,
-                len(body),
-                self.request.request_id,
-                b"" if client.keeps_alive else wire.CLOSE,
-                body,
-            )
+            wire.document(status, body, self.request.request_id, client.default_lines, closes=not client.keeps_alive)
         )
         self._end()
 
@@ -796,6 +768,14 @@ class Call:
                 )
             if tokens.prompt or tokens.completion:
                 metrics.tokens(model, tenant, tokens.prompt, tokens.completion, tokens.cached)
+
+
+def _tell_breaker(upstream: Upstream, status: int, now: float) -> None:
+    """It has answered with this status, in its head or in a stream's first event."""
+    if status in _ENGINE_FAILED:
+        upstream.breaker.failed(now)
+    else:
+        upstream.breaker.succeeded(now)
 
 
 def _of_stream(lines: list[bytes]) -> list[bytes]:

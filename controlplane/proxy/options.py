@@ -9,7 +9,6 @@ from controlplane.proxy.waiting import WaitingOptions
 
 @dataclass(frozen=True, slots=True)
 class ProxyOptions:
-    workers: int = 1  # processes that serve this port, this one included
     max_body_bytes: int = 32 * 1024 * 1024  # a long context with a few images
     max_head_bytes: int = 64 * 1024  # of a request's line and headers
     refresh_seconds: float = 10.0  # between full reads of the directory; changes are heard of at once

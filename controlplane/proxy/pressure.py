@@ -10,9 +10,6 @@ one line in the log. A worker that is killed is forgotten after `GOOD_FOR`.
 from __future__ import annotations
 
 import asyncio
-import os
-import secrets
-import socket
 import time
 from collections.abc import Callable
 from datetime import datetime
@@ -20,7 +17,7 @@ from datetime import datetime
 from loguru import logger
 
 from controlplane.clock import utc_now
-from controlplane.db import Database, DatabaseError, held_requests
+from controlplane.db import Database, DatabaseError, held_requests, process_name
 from controlplane.proxy.waiting import WaitingRooms
 
 _REFRESH_SECONDS = 5.0
@@ -45,7 +42,7 @@ class HeldPressure:
         """`worker`: names this worker among all of all hosts."""
         self._db = db
         self._rooms = rooms
-        self._worker = worker or f"{socket.gethostname()}/{os.getpid()}/{secrets.token_hex(4)}"
+        self._worker = worker or process_name()
         self._clock = clock
         self._utc_clock = utc_clock
         self._wake = asyncio.Event()

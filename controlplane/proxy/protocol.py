@@ -71,32 +71,20 @@ ROUTES = frozenset(
 FORM_ROUTES = frozenset({b"/v1/audio/transcriptions", b"/v1/audio/translations"})
 """Routes whose body is a form with a field `model`, and files that may be large: passed on while they come."""
 
-_NOT_SENT_ON = frozenset(
-    {
-        # of this connection
-        b"connection",
-        b"keep-alive",
-        b"proxy-authenticate",
-        b"proxy-authorization",
-        b"proxy-connection",
-        b"te",
-        b"trailer",
-        b"transfer-encoding",
-        b"upgrade",
-        b"expect",
-        # the client's credentials: an upstream gets its own
-        b"authorization",
-        b"x-api-key",
-        b"api-key",
-        b"cookie",
-        # said anew for the upstream
-        b"host",
-        b"content-length",
-        b"x-request-id",
-        # an answer that is compressed could neither be read nor passed on piece by piece
-        b"accept-encoding",
-    }
-)
+_NOT_SENT_ON = wire.HOP_BY_HOP | {
+    b"expect",
+    # the client's credentials: an upstream gets its own
+    b"authorization",
+    b"x-api-key",
+    b"api-key",
+    b"cookie",
+    # said anew for the upstream
+    b"host",
+    b"content-length",
+    b"x-request-id",
+    # an answer that is compressed could neither be read nor passed on piece by piece
+    b"accept-encoding",
+}
 _VERSIONS = ("1.1", "1.0")
 _READ_AHEAD_BYTES = 65536  # of what follows a request that is being answered
 _OTHER_BODY_BYTES = 65536  # of a request that has no use for one
@@ -109,11 +97,13 @@ class _Incoming:
 
     __slots__ = (
         "body",
+        "coding",
         "credential",
         "expects_continue",
         "fields",
         "form",
         "head_bytes",
+        "hosts",
         "is_plain",
         "is_short",
         "keeps_alive",
@@ -141,6 +131,8 @@ class _Incoming:
         self.length: int | None = None  # of the body, as announced; None: it comes in chunks
         self.form: ModelInForm | None = None
         self.model: str | None = None  # that a form asks for; None: not known yet, or not a form
+        self.hosts = 0
+        self.coding: bytes | None = None  # of its transfer, if it has one
         self.credential = b""
         self.is_plain = True  # no coding, no expectation, nothing to do with the connection
         self.is_short = True  # if it is refused, its body is read to its end all the same
@@ -149,6 +141,29 @@ class _Incoming:
         self.request: Request | None = None  # None: not one of ours, the application's
         self.key: ApiKey | None = None
         self.refusal: ApiError | None = None
+
+    def note(self, name: bytes, value: bytes) -> None:
+        """A header that says how the request is framed, or none of ours."""
+        if name == b"host":
+            self.hosts += 1
+        elif name == b"content-length":
+            self.length = int(value)
+            self.is_short = self.length <= _WAIT_FOR_REST
+        elif name == b"expect":
+            self.is_plain = False
+            self.expects_continue = value.lower() == b"100-continue" and self.version != "1.0"  # knows no such answer
+        elif name == b"transfer-encoding":
+            self.is_plain = False
+            self.coding = value.lower()
+
+    def check_framing(self) -> None:
+        """Once all headers are noted. Raises BadRequest."""
+        if self.version not in _VERSIONS:
+            raise bad_request("This server speaks HTTP/1.1 and HTTP/1.0.")
+        if self.coding is not None and (self.coding != b"chunked" or self.version == "1.0"):
+            raise bad_request("The only transfer coding that is understood is `chunked`, in HTTP/1.1.")
+        if self.hosts != 1 and (self.hosts or self.version != "1.0"):
+            raise bad_request("A request must have exactly one Host header.")
 
 
 class ClientConnection(asyncio.Protocol):
@@ -256,9 +271,7 @@ class ClientConnection(asyncio.Protocol):
         call, cycle = self._call, self._cycle
         if call is not None:
             call.client_left()
-        elif self._is_deaf or self._incoming is None:
-            pass  # nothing was asked, or it was answered
-        elif self._incoming.request is not None and self._incoming.key is not None:
+        elif not self._is_deaf and self._incoming is not None and self._incoming.key is not None:
             self.plane.metrics.ended("", self._incoming.key.tenant, CLIENT_LEFT, 0.0)
         if cycle is not None:
             cycle.disconnected = True
@@ -329,11 +342,10 @@ class ClientConnection(asyncio.Protocol):
         except httptools.HttpParserError:
             self._give_up(bad_request("This is not a valid HTTP request."))
             return
-        if (incoming := self._incoming) is not None and incoming.method:
-            # without a piece of the body between: trailers, or extensions of chunks, for which nobody has asked
-            limit = self.plane.options.max_head_bytes
-            if incoming.head_bytes > limit:
-                self._give_up(head_too_large(limit))
+        # a head; or, without a piece of the body between, trailers or extensions of chunks, for which nobody has asked
+        limit = self.plane.options.max_head_bytes
+        if (incoming := self._incoming) is not None and incoming.head_bytes > limit:
+            self._give_up(head_too_large(limit))
 
     def _parse(self, data: bytes) -> bytes:
         """What of it is to be parsed anew. Raises HttpParserError."""
@@ -369,8 +381,6 @@ class ClientConnection(asyncio.Protocol):
             if not incoming.head_bytes:
                 incoming.head_bytes = 1
                 self.deadline = now + options.head_timeout_seconds
-            elif incoming.head_bytes > options.max_head_bytes:
-                self._give_up(head_too_large(options.max_head_bytes))
             return
         self.deadline = now + options.body_timeout_seconds
         if incoming.refusal is not None and (incoming.expects_continue or not incoming.is_short):
@@ -424,7 +434,9 @@ class ClientConnection(asyncio.Protocol):
                 incoming.request = request = Request(path, mark + query, started_at=time.monotonic())
                 self._read_head(incoming, request)
             else:
-                _check_framing(incoming)
+                for name, value in incoming.fields:
+                    incoming.note(name, value)
+                incoming.check_framing()
         except ApiError as error:
             incoming.refusal = error
             if isinstance(error, BadRequest):
@@ -433,47 +445,34 @@ class ClientConnection(asyncio.Protocol):
     def _read_head(self, incoming: _Incoming, request: Request) -> None:
         """Raises ApiError."""
         authorization = x_api_key = request_id = hops = None
-        hosts = size = 0
         passed = []
         request.fields = fields = incoming.fields
         for name, value in fields:
             if name not in _NOT_SENT_ON:
                 passed.append(b"%b: %b\r\n" % (name, value))
-            elif name == b"host":
-                hosts += 1
             elif name == b"authorization":
                 authorization = value
             elif name == b"x-request-id":
                 request_id = value
-            elif name == b"content-length":
-                size = incoming.length = int(value)
-                incoming.is_short = size <= _WAIT_FOR_REST
             elif name == b"x-api-key":
                 x_api_key = value
-            elif name == b"expect":
-                incoming.is_plain = False
-                incoming.expects_continue = _expects_continue(value, incoming.version)
             elif name == b"connection":
                 hops = value.lower() if hops is None else b"%b,%b" % (hops, value.lower())
                 incoming.is_plain = incoming.is_plain and hops == b"keep-alive"
-            elif name == b"transfer-encoding":
-                incoming.is_plain = False
-                _check_coding(value, incoming.version)
+            else:
+                incoming.note(name, value)
         request.request_id = request_id_of(request_id)
         request.is_http_10 = incoming.version == "1.0"
-        if incoming.version not in _VERSIONS:
-            raise bad_request("This server speaks HTTP/1.1 and HTTP/1.0.")
-        _check_hosts(hosts, incoming.version)
+        incoming.check_framing()
         if hops is not None and hops not in (b"keep-alive", b"close"):
-            named = {token.strip() for token in hops.split(b",")}
-            passed = [line for line in passed if line[: line.index(b":")] not in named]
+            passed = wire.without_named(passed, hops)
         request.headers = b"".join(passed)
         snapshot = self.plane.directory.snapshot
         if snapshot is None:
             raise nothing_known_yet()
         incoming.credential = credential_of(authorization, x_api_key) or b""
         incoming.key = authenticate(incoming.credential, snapshot.keys)
-        if size > self.plane.options.max_body_bytes:
+        if incoming.length is not None and incoming.length > self.plane.options.max_body_bytes:
             raise request_too_large(self.plane.options.max_body_bytes)
         if incoming.path in FORM_ROUTES:
             incoming.is_plain = False
@@ -566,8 +565,8 @@ class ClientConnection(asyncio.Protocol):
     # --- answering ----------------------------------------------------------------------------------------
 
     def _begin(self, incoming: _Incoming) -> None:
-        # a parser that cannot go on: this is the last one, but for those that wait already
         self.is_new = False
+        # a parser that cannot go on: this is the last one, but for those that wait already
         can_go_on = not self._is_deaf or bool(self._queue)
         self.keeps_alive = incoming.keeps_alive and not self._is_stopping and can_go_on
         request, body = incoming.request, incoming.body
@@ -727,34 +726,3 @@ def _origin_form(target: bytes) -> tuple[bytes, bytes, bytes]:
         return target, b"", b""
     query = url.query or b""
     return url.path or b"/", b"?" if query else b"", query
-
-
-def _check_framing(incoming: _Incoming) -> None:
-    """Of a request that is the application's. Raises ApiError."""
-    if incoming.version not in _VERSIONS:
-        raise bad_request("This server speaks HTTP/1.1 and HTTP/1.0.")
-    hosts = 0
-    for name, value in incoming.fields:
-        if name == b"host":
-            hosts += 1
-        elif name == b"expect":
-            incoming.expects_continue = _expects_continue(value, incoming.version)
-        elif name == b"transfer-encoding":
-            _check_coding(value, incoming.version)
-        elif name == b"content-length":
-            incoming.is_short = int(value) <= _WAIT_FOR_REST
-    _check_hosts(hosts, incoming.version)
-
-
-def _check_coding(value: bytes, version: str) -> None:
-    if value.lower() != b"chunked" or version == "1.0":
-        raise bad_request("The only transfer coding that is understood is `chunked`, in HTTP/1.1.")
-
-
-def _expects_continue(value: bytes, version: str) -> bool:
-    return value.lower() == b"100-continue" and version != "1.0"  # which knows no interim answers
-
-
-def _check_hosts(hosts: int, version: str) -> None:
-    if hosts != 1 and (hosts or version != "1.0"):
-        raise bad_request("A request must have exactly one Host header.")

@@ -11,6 +11,7 @@ them before it exits) and its busy ones when their answers end.
 from __future__ import annotations
 
 import asyncio
+import math
 import ssl
 import time
 from collections import Counter, deque
@@ -23,21 +24,9 @@ import httptools
 from controlplane.core.balancing import Failure
 from controlplane.core.breaker import Breaker
 from controlplane.core.types import RoutableEndpoint
+from controlplane.proxy import wire
 
-_HOP_BY_HOP = frozenset(
-    {
-        b"connection",
-        b"keep-alive",
-        b"proxy-authenticate",
-        b"proxy-authorization",
-        b"proxy-connection",
-        b"te",
-        b"trailer",
-        b"transfer-encoding",
-        b"upgrade",
-    }
-)
-_NOT_SENT_BACK = _HOP_BY_HOP | {b"server", b"date", b"x-request-id", b"content-length"}
+_NOT_SENT_BACK = wire.HOP_BY_HOP | {b"server", b"date", b"x-request-id", b"content-length"}
 """Our server and our id are named instead; the length is said anew, if it is known."""
 
 _INFORMATIONAL = 200  # statuses below are interim answers
@@ -299,7 +288,7 @@ class UpstreamConnection(asyncio.Protocol):
             return
         head.status = status
         if head.names_hops is not None:
-            _drop_named(head)
+            head.lines = wire.without_named(head.lines, head.names_hops)
         self._has_begun = True
 
     def on_message_complete(self) -> None:
@@ -341,7 +330,7 @@ class Upstreams:
         }
         for upstream in before.values():
             upstream.is_routable = False
-            upstream.close_idle(_ALL)
+            upstream.close_idle(math.inf)
             if upstream.in_flight:
                 self._leaving.append(upstream)
         return by_model
@@ -382,20 +371,10 @@ class Upstreams:
     def close(self) -> None:
         for upstream in self._all():
             upstream.is_routable = False
-            upstream.close_idle(_ALL)
+            upstream.close_idle(math.inf)
             for task in upstream.connecting:
                 task.cancel()
 
     def _all(self) -> Iterable[Upstream]:
         yield from self._known.values()
         yield from self._leaving
-
-
-_ALL = float("inf")
-
-
-def _drop_named(head: Head) -> None:
-    """Take out what the `Connection` header names: it belongs to that connection (RFC 9110, 7.6.1)."""
-    assert head.names_hops is not None
-    named = {token.strip().lower() for token in head.names_hops.split(b",")}
-    head.lines = [line for line in head.lines if line[: line.index(b":")] not in named]

@@ -9,6 +9,21 @@ from controlplane.proxy.errors import ApiError
 
 Fields = Iterable[tuple[bytes, bytes]]
 
+HOP_BY_HOP = frozenset(
+    {
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+    }
+)
+"""Headers that belong to one connection, and are passed on in neither direction; names in lower case."""
+
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 LAST_CHUNK = b"0\r\n\r\n"
 CHUNKED = b"transfer-encoding: chunked\r\n"
@@ -34,15 +49,31 @@ def chunk(piece: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(piece), piece)
 
 
-def refusal(error: ApiError, request_id: bytes, default_lines: bytes, *, closes: bool) -> bytes:
-    """A whole answer that says why there is none. `default_lines`: `date`, and what else the server says of itself."""
-    body = error.body()
+def without_named(header_lines: list[bytes], hops: bytes) -> list[bytes]:
+    """Without those that a `Connection` header of this value names: they, too, belong to its connection.
+
+    RFC 9110, 7.6.1. Names of `header_lines` are in lower case.
+    """
+    named = {token.strip().lower() for token in hops.split(b",")}
+    return [line for line in header_lines if line[: line.index(b":")] not in named]
+
+
+def document(
+    status: int, body: bytes, request_id: bytes, default_lines: bytes, *, closes: bool, more_lines: bytes = b""
+) -> bytes:
+    """A whole answer that is JSON. `default_lines`: `date`, and what else the server says of itself."""
     return b"%b%bcontent-type: application/json\r\ncontent-length: %d\r\nx-request-id: %b\r\n%b%b\r\n%b" % (
-        STATUS_LINES[error.status],
+        STATUS_LINES[status],
         default_lines,
         len(body),
         request_id,
-        lines(error.headers),
+        more_lines,
         CLOSE if closes else b"",
         body,
     )
+
+
+def refusal(error: ApiError, request_id: bytes, default_lines: bytes, *, closes: bool) -> bytes:
+    """A whole answer that says why there is none."""
+    more_lines = lines(error.headers)
+    return document(error.status, error.body(), request_id, default_lines, closes=closes, more_lines=more_lines)
