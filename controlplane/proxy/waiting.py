@@ -291,7 +291,7 @@ class WaitingRooms:
             room.leaving -= urls
             room.endpoints = endpoints
             room.door = _door(snapshot, name)
-            room.seats.weigh()
+            room.seats.weigh(now)
             self._note_routable(room, now)
             self._fit(room)
             if (refusal := self._refusal(room)) is not None:

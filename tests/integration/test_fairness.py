@@ -17,7 +17,6 @@ from tests.integration.test_fake_vllm import running_fake
 
 GREEDY_AT_ONCE = 500
 RUNS_AT_ONCE = 16
-SEATS = 12  # with the quarter in reserve 15: a newcomer finds the engine free, and waits for nobody's end
 POLITE_AT_ONCE, POLITE_EACH = 2, 20
 FIELDS = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}  # 0.4 s when a slot is free
 
@@ -30,7 +29,7 @@ async def test_500_requests_of_a_greedy_tenant_raise_anothers_p95_by_at_most_a_f
             polite, _ = await keys.create(db, "polite", models=None, expires_at=None, actor="test", now=utc_now())
         async with proxy_process(tmp_path, database_url, fake.url) as proxy:
             async with opened(database_url) as db:
-                await make_routable(db, fake.url, max_in_flight=SEATS)
+                await make_routable(db, fake.url, max_in_flight=RUNS_AT_ONCE)
             alone = await p95_seconds(Arrivals(proxy.port, polite))
             greedy = Arrivals(proxy.port, proxy.key, limit_seconds=120)
             is_over = asyncio.Event()

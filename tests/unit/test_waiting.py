@@ -12,6 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from controlplane.core.seats import REMEMBERED_SECONDS
 from controlplane.proxy.directory import Snapshot
 from controlplane.proxy.errors import ApiError
 from controlplane.proxy.waiting import WaitingOptions, Waits
@@ -52,6 +53,33 @@ def test_a_newcomer_gets_in_at_once_while_a_greedy_tenant_fills_the_replicas() -
     rig.time.pass_()
     assert [visit.tenant for visit in rig.seated].count("light") == 3, "the seat goes to whoever holds fewer"
     assert rig.rooms.queued == {MODEL: 12}
+
+
+def test_where_another_came_lately_a_fifth_is_kept_free_for_it_and_after_a_while_no_more() -> None:
+    rig = a_rig(seats=10)
+    rig.follow(ONE)
+    greedy = [rig.visit("greedy") for _ in range(10)]
+    rig.leave(rig.visit("light"))
+    for visit in greedy[:5]:
+        rig.leave(visit)
+    assert [rig.visit("greedy").waiting is None for _ in range(4)] == [True] * 3 + [False], "eight of the ten"
+    rig.leave(rig.visit("light"))
+    rig.time.pass_(200)
+    rig.follow(ONE)
+    assert len(rig.seated) == 8
+    rig.time.pass_(REMEMBERED_SECONDS)
+    rig.follow(ONE)
+    assert [rig.visit("greedy").waiting is None for _ in range(3)] == [True] * 2 + [False], "it is alone again"
+
+
+def test_two_greedy_tenants_fill_what_the_replicas_run() -> None:
+    rig = a_rig(seats=10)
+    rig.follow(ONE)
+    for _ in range(20):
+        rig.visit("one")
+        rig.visit("other")
+    assert [visit.tenant for visit in rig.seated].count("one") == 5
+    assert len(rig.seated) == 10
 
 
 def test_seats_are_shared_out_among_the_live_workers() -> None:
@@ -424,8 +452,9 @@ class Rooms(RuleBasedStateMachine):
         seats, guests = room.seats, room.seats._guests.values()
         assert seats.taken == len(self.rig.seated) + turns == sum(one.seats for one in guests)
         assert seats.waiting == waiting == sum(len(one.line) for one in guests)
-        assert seats._weights == pytest.approx(sum(one.weight for one in guests if one.is_here))
-        assert not (seats.waiting and seats.taken < seats.runs), "nobody waits while there is a seat for anybody"
+        assert seats._weights == pytest.approx(sum(one.weight for one in guests))
+        assert not (seats.waiting and seats.taken < seats.open), "nobody waits while there is a seat for anybody"
+        assert seats.open == (seats.runs if len(guests) < 2 else seats.runs - seats.runs // 5)
 
     def teardown(self) -> None:
         self.rig.time.pass_()
