@@ -19,6 +19,7 @@ from controlplane.slurm.errors import SlurmError, SlurmForbidden
 from controlplane.web import Part, PartStatus
 
 _DATABASE_SECONDS = 2.0
+_POOL_SECONDS = 0.5  # all its connections may be in use
 _SLURM_SECONDS = 10.0
 
 
@@ -46,8 +47,7 @@ class DatabaseWatch:
 
     async def _look(self) -> tuple[str | None, str, str]:
         try:
-            await self._db.ping()
-            missing = await missing_migrations(self._db)
+            missing = await self._missing()
         except DbUnavailable as error:
             remedy = "see that PostgreSQL runs and that DATABASE_URL is right; trying again until it answers"
             return "away", f"PostgreSQL does not answer: {error}", remedy
@@ -57,6 +57,14 @@ class DatabaseWatch:
             remedy = "run `controlplane migrate`; waiting until that is done"
             return "schema", f"the database lacks the migrations {', '.join(missing)}", remedy
         return None, "PostgreSQL answers and its schema is current", ""
+
+    async def _missing(self) -> list[str]:
+        """Raises DatabaseError, with the reason."""
+        try:
+            return await missing_migrations(self._db, timeout_seconds=_POOL_SECONDS)
+        except DbUnavailable:  # the pool cannot say why; a new connection costs too much to ask by one each time
+            await self._db.ping()
+            return await missing_migrations(self._db)
 
 
 class SlurmWatch:

@@ -38,11 +38,27 @@ Own = Mapping[str, tuple[Sequence[int], Sequence[int]]]
 """By tenant: used, and part. A tenant that is not in it is no longer told of."""
 
 
-async def exchange(db: Database, worker: str, budgeted: Sequence[str], decide: Callable[[Exchanged], Own]) -> Exchanged:
+async def exchange(
+    db: Database,
+    worker: str,
+    budgeted: Sequence[str],
+    decide: Callable[[Exchanged], Own],
+    *,
+    was_alone: bool = False,
+) -> Exchanged:
     """Hear the others, `decide` what this worker says, and say it. `decide` runs under the lock: it must not wait.
+
+    `was_alone`: when it heard last. Then one statement tells whether it still is, and there is nobody to be told; who
+    joins takes the lock first, and is seen by the next of them.
 
     Raises DbUnavailable: it may have been said or not.
     """
+    if was_alone:
+        async with db.connection() as connection:
+            alone = await _look_round(connection, worker, budgeted)
+        if alone is not None:
+            decide(alone)
+            return alone
     async with db.transaction() as connection:
         await connection.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
         heard = await _hear(connection, worker, budgeted)
@@ -55,6 +71,31 @@ async def leave(db: Database, worker: str) -> None:
     """Forget a worker that ends."""
     async with db.connection() as connection:
         await connection.execute("DELETE FROM proxy_workers WHERE worker = %s", (worker,))
+
+
+async def _look_round(connection: Connection, worker: str, budgeted: Sequence[str]) -> Exchanged | None:
+    """What there is to hear if no other worker lives; None: one does."""
+    cursor = await connection.execute(
+        """
+        WITH own AS (
+            INSERT INTO proxy_workers (worker, seen_at) VALUES (%(worker)s, clock_timestamp())
+            ON CONFLICT (worker) DO UPDATE SET seen_at = excluded.seen_at
+        ), said AS (
+            DELETE FROM limit_parts WHERE worker = %(worker)s
+               AND NOT EXISTS (SELECT FROM proxy_workers WHERE worker <> %(worker)s)
+        ), this AS (
+            SELECT date_trunc('month', clock_timestamp() AT TIME ZONE 'UTC')::date AS month
+        )
+        SELECT month, EXISTS (SELECT FROM proxy_workers WHERE worker <> %(worker)s) AS has_others,
+               (SELECT jsonb_object_agg(tenant, tokens) FROM tenant_months
+                 WHERE tenant_months.month = this.month AND tenant = ANY (%(budgeted)s)) AS tokens
+          FROM this
+        """,
+        {"worker": worker, "budgeted": list(budgeted)},
+    )
+    row = await cursor.fetchone()
+    assert row is not None
+    return None if row["has_others"] else Exchanged(1, {}, row["month"], row["tokens"] or {})
 
 
 async def _hear(connection: Connection, worker: str, budgeted: Sequence[str]) -> Exchanged:

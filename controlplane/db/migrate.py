@@ -35,19 +35,18 @@ def migrate(url: str) -> list[str]:
         return [migration.id for migration in missing]
 
 
-async def missing_migrations(db: Database) -> list[str]:
+async def missing_migrations(db: Database, *, timeout_seconds: float | None = None) -> list[str]:
     """Ids of the migrations that this version has and the database lacks. Raises DbUnavailable.
 
     Read from what yoyo has written down: takes no lock, so that it can be asked at any time.
     """
-    async with db.connection() as connection:
-        row = await (
-            await connection.execute("SELECT to_regclass('_yoyo_migration') IS NOT NULL AS is_there")
-        ).fetchone()
-        applied: set[str] = set()
-        if row and row["is_there"]:
+    applied: set[str] = set()
+    async with db.connection(timeout_seconds=timeout_seconds) as connection:
+        try:
             cursor = await connection.execute("SELECT migration_id FROM _yoyo_migration")
             applied = {one["migration_id"] for one in await cursor.fetchall()}
+        except psycopg.errors.UndefinedTable:
+            pass  # none ever was
     return sorted({file.stem for file in DIRECTORY.glob("*.sql")} - applied)
 
 

@@ -92,10 +92,13 @@ class Database:
         await self.close()
 
     @asynccontextmanager
-    async def connection(self) -> AsyncIterator[Connection]:
-        """One connection, committing by itself. Raises DbUnavailable, Duplicate, DatabaseError."""
+    async def connection(self, *, timeout_seconds: float | None = None) -> AsyncIterator[Connection]:
+        """One connection, committing by itself. Raises DbUnavailable, Duplicate, DatabaseError.
+
+        `timeout_seconds`: to wait for one; None: as long as the options say.
+        """
         asked = _cancellations()
-        async with _translated(), self._pool.connection() as connection:
+        async with _translated(), self._pool.connection(timeout_seconds) as connection:
             if _cancellations() > asked:
                 raise asyncio.CancelledError
             with _patience(connection, self._options.statement_timeout_seconds + self._options.timeout_seconds):

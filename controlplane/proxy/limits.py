@@ -56,19 +56,15 @@ Tally = Callable[[str, date], tuple[int, int]]
 
 
 class Grant:
-    """One admitted request."""
+    """One admitted request. `headers`: lines for the answer, which tell what is left of the limits."""
 
-    __slots__ = ("_estimate", "_is_settled", "_tenant")
+    __slots__ = ("_estimate", "_is_settled", "_tenant", "headers")
 
-    def __init__(self, tenant: _Tenant, estimate: int) -> None:
+    def __init__(self, tenant: _Tenant, estimate: int, headers: bytes) -> None:
         self._tenant = tenant
         self._estimate = estimate
         self._is_settled = False
-
-    @property
-    def headers(self) -> bytes:
-        """Lines for the answer."""
-        return self._tenant.header_lines()
+        self.headers = headers
 
     def settle(self, tokens: int | None) -> None:
         """The request has ended. `tokens`: prompt and completion; None: not known, so the estimate stays.
@@ -78,7 +74,7 @@ class Grant:
         if self._is_settled:
             return
         self._is_settled = True
-        self._tenant.settle(self._estimate, tokens)
+        self._tenant.give_back(self._estimate, tokens)
 
 
 class Limits:
@@ -135,13 +131,18 @@ class Limits:
         found = self._tenants.get(tenant)
         if found is None:
             return None
-        if found.is_unsure(now) and (reached := found.look(now)) is not None:
-            self.refused[tenant, _KINDS[reached]] += 1
-            raise found.refusal(reached, now)
-        wanted = DEFAULT_COMPLETION_TOKENS if max_tokens is None else max(0, min(max_tokens, _MOST_COMPLETION_TOKENS))
+        wanted = DEFAULT_COMPLETION_TOKENS if max_tokens is None else max_tokens
+        if not 0 <= wanted <= _MOST_COMPLETION_TOKENS:
+            wanted = _MOST_COMPLETION_TOKENS if wanted > 0 else 0
         estimate = body_bytes // _BYTES_PER_TOKEN + wanted
-        found.take(estimate)
-        return Grant(found, estimate)
+        headers = found.take(estimate, now)
+        if headers is None:
+            reached = found.look(now)
+            if reached is not None:
+                self.refused[tenant, _KINDS[reached]] += 1
+                raise found.refusal(reached, now)
+            headers = found.take_seen(estimate)
+        return Grant(found, estimate, headers)
 
     async def run(self) -> None:
         """Exchange until cancelled."""
@@ -184,7 +185,13 @@ class Limits:
             return own
 
         try:
-            heard = await limit_parts.exchange(self._db, self._worker, budgeted, decide)
+            heard = await limit_parts.exchange(
+                self._db,
+                self._worker,
+                budgeted,
+                decide,
+                was_alone=shared.workers == 1 and math.isfinite(shared.heard_at),
+            )
         except DatabaseError as error:
             if not self._is_failing:
                 logger.warning("limits are not shared; each worker keeps to its part of them", error=str(error))
@@ -236,6 +243,9 @@ class _Tenant:
     __slots__ = (
         "_concurrent",
         "_concurrent_before",
+        "_far_concurrent",
+        "_far_requests",
+        "_far_tokens",
         "_left",
         "_minute_requests",
         "_minute_tokens",
@@ -252,6 +262,7 @@ class _Tenant:
         "_taken_requests",
         "_taken_tokens",
         "_template",
+        "_told",
         "limits",
         "month_base",
         "name",
@@ -278,6 +289,8 @@ class _Tenant:
         self._concurrent_before = 0
         self._remaining = [0.0, 0.0]  # of the limits per minute, over all workers, at that time: for the headers
         self._resets = [0, 0]  # in how many seconds all of it is there again
+        self._told = b""  # to clients, as long as no more is taken than this
+        self._far_requests = self._far_tokens = self._far_concurrent = -1.0
 
     def limit(self, limits: TenantLimits, now: float) -> bool:
         """These hold from now on; says whether that is new. Until the others are heard of, an even part does."""
@@ -297,14 +310,22 @@ class _Tenant:
 
     # --- one request ----------------------------------------------------------------------------------------
 
-    def is_unsure(self, now: float) -> bool:
-        """Whether it takes a `look` to know that there is room for one more."""
-        return (
+    def take(self, tokens: int, now: float) -> bytes | None:
+        """One request more; the headers that its answer tells. None: it takes a `look` to know that there is room."""
+        requests = self._taken_requests + 1
+        taken = self._taken_tokens + tokens
+        if (
             now >= self._sure_until
-            or self._taken_requests + 1 > self._sure_requests
-            or self._taken_tokens + 1 > self._sure_tokens
-            or self._concurrent + 1 > self._sure_concurrent
-        )
+            or requests > self._far_requests
+            or taken > self._far_tokens
+            or self._concurrent >= self._far_concurrent
+        ):
+            return None
+        self._taken_requests = requests
+        self._taken_tokens = taken
+        self._concurrent += 1
+        self._reserved += tokens
+        return self._told
 
     def look(self, now: float) -> int | None:
         """The first kind of limit that leaves nothing; None: there is none."""
@@ -324,15 +345,23 @@ class _Tenant:
                 self._resets[kind] = math.ceil(window.seconds_to_empty(now) or window.longest_seconds(now))
         return next((kind for kind in _ORDER if room[kind] < 1), None)
 
-    def take(self, tokens: int) -> None:
+    def take_seen(self, tokens: int) -> bytes:
+        """The same after a `look` that found room."""
         self._taken_requests += 1
         self._taken_tokens += tokens
         self._concurrent += 1
         self._reserved += tokens
-        if self._shared.workers > 1 and self.is_unsure(-math.inf):
+        if self._shared.workers > 1 and (
+            self._taken_requests + 1 > self._sure_requests
+            or self._taken_tokens + 1 > self._sure_tokens
+            or self._concurrent + 1 > self._sure_concurrent
+        ):
             self._shared.wake.set()  # others may have left something of their parts
+        self._tell()
+        return self._told
 
-    def settle(self, estimate: int, tokens: int | None) -> None:
+    def give_back(self, estimate: int, tokens: int | None) -> None:
+        """One has ended, and used these tokens."""
         self._concurrent -= 1
         self._reserved -= estimate
         if tokens is not None:
@@ -431,17 +460,28 @@ class _Tenant:
 
     # --- what the client is told ----------------------------------------------------------------------------
 
-    def header_lines(self) -> bytes:
-        """OpenAI's `x-ratelimit-` headers, of the limits per minute."""
+    def _tell(self) -> None:
+        """Write OpenAI's `x-ratelimit-` headers, of the limits per minute.
+
+        They are good until a hundredth of what is left is taken, or somebody looks; and until then there is room.
+        """
         told: list[int] = []
+        self._far_requests = self._sure_requests - 1
+        self._far_tokens = self._sure_tokens - 1
+        self._far_concurrent = self._sure_concurrent - 1
         if self.limits[_REQUESTS] is not None:
-            told += (max(0, int(self._remaining[_REQUESTS] - self._taken_requests)), self._resets[_REQUESTS])
+            left = max(0, int(self._remaining[_REQUESTS] - self._taken_requests))
+            told += (left, self._resets[_REQUESTS])
+            self._far_requests = min(self._far_requests, self._taken_requests + left // 100)
         if self.limits[_TOKENS] is not None:
-            told += (max(0, int(self._remaining[_TOKENS] - self._taken_tokens)), self._resets[_TOKENS])
-        return self._template % tuple(told)
+            left = max(0, int(self._remaining[_TOKENS] - self._taken_tokens))
+            told += (left, self._resets[_TOKENS])
+            self._far_tokens = min(self._far_tokens, self._taken_tokens + left // 100)
+        self._told = self._template % tuple(told)
 
     def _headers(self) -> Headers:
-        pairs = (line.partition(b": ") for line in self.header_lines().split(b"\r\n"))
+        self._tell()
+        pairs = (line.partition(b": ") for line in self._told.split(b"\r\n"))
         return tuple((name, value) for name, _, value in pairs if name)
 
     def refusal(self, kind: int, now: float) -> ApiError:
