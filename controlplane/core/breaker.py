@@ -37,6 +37,7 @@ class Breaker:
         "_failures_to_open",
         "_first_back_off_seconds",
         "_longest_back_off_seconds",
+        "is_calm",
         "next_try_at",
         "state",
     )
@@ -54,6 +55,7 @@ class Breaker:
         self._back_off_seconds = first_back_off_seconds
         self._failures = 0  # consecutive
         self.state = BreakerState.CLOSED
+        self.is_calm = True  # closed, and the last request went well: `began` and `succeeded` would change nothing
         self.next_try_at = -math.inf  # from then on a request may be sent; an attribute, for it is read at every choice
 
     def may_try(self, now: float) -> bool:
@@ -75,10 +77,12 @@ class Breaker:
             self.state = BreakerState.CLOSED
             self.next_try_at = -math.inf
             self._back_off_seconds = self._first_back_off_seconds
+        self.is_calm = self.state is BreakerState.CLOSED
 
     def failed(self, now: float, *, is_unreachable: bool = False) -> bool:
         """No answer, for a reason that may be the endpoint's. Says whether it broke now: was closed, and is open."""
         was_closed = self.state is BreakerState.CLOSED
+        self.is_calm = False
         if was_closed:
             self._failures += 1
             if not is_unreachable and self._failures < self._failures_to_open:

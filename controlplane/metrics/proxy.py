@@ -86,14 +86,13 @@ class ProxyMetrics(Collector):
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self.registry = registry or CollectorRegistry()
         self.registry.register(self)
-        self._requests: dict[tuple[str, str, int], int] = defaultdict(int)
+        self._served: dict[tuple[str, str], _Served] = {}  # by model and tenant
         self._request_seconds: dict[str, list[float]] = defaultdict(REQUEST_SECONDS.empty)
         self._first_byte_seconds: dict[str, list[float]] = defaultdict(FIRST_BYTE_SECONDS.empty)
         self._overhead_seconds = OVERHEAD_SECONDS.empty()
         self._retries: dict[tuple[str, str], int] = defaultdict(int)
         self._broken: dict[str, int] = defaultdict(int)
         self._disconnects: dict[str, int] = defaultdict(int)
-        self._tokens: dict[tuple[str, str, str], int] = defaultdict(int)
 
         self.in_flight: dict[str, int] = defaultdict(int)
         """By model. Whoever passes a request on adds 1 and takes it off again."""
@@ -106,22 +105,44 @@ class ProxyMetrics(Collector):
 
     # --- counting -----------------------------------------------------------------------------------------
 
-    def ended(self, model: str, tenant: str, status: int, seconds: float) -> None:
-        """A request is over: after how long, and how it was answered; 499: its client left before any answer."""
-        self._requests[model, tenant, status] += 1
-        if model:
-            series = self._request_seconds[model]
-            series[bisect_left(SLOW_BUCKETS, seconds)] += 1
-            series[-1] += seconds
+    def ended(
+        self,
+        model: str,
+        tenant: str,
+        status: int,
+        seconds: float,
+        *,
+        first_byte_seconds: float | None = None,
+        overhead_seconds: float = 0.0,
+        prompt: int = 0,
+        completion: int = 0,
+        cached: int = 0,
+    ) -> None:
+        """A request is over: after how long, and how it was answered; 499: its client left before any answer.
 
-    def first_byte(self, model: str, seconds: float, overhead_seconds: float) -> None:
-        """Of an answer's body: since the request, and how much of that was the proxy's own doing."""
-        series = self._first_byte_seconds[model]
+        `first_byte_seconds`: from the request to its answer's first byte of body, if there was one; `overhead_seconds`
+        of them, the proxy did not spend on waiting for others. The rest are
+        tokens, as far as they are known; `cached` are some of the prompt's.
+        """
+        served = self._served.get((model, tenant))
+        if served is None:
+            served = self._served[model, tenant] = _Served()
+        served.codes[status] += 1
+        if not model:
+            return
+        series = self._request_seconds[model]
         series[bisect_left(SLOW_BUCKETS, seconds)] += 1
         series[-1] += seconds
-        series = self._overhead_seconds
-        series[bisect_left(FAST_BUCKETS, overhead_seconds)] += 1
-        series[-1] += overhead_seconds
+        if first_byte_seconds is not None:
+            series = self._first_byte_seconds[model]
+            series[bisect_left(SLOW_BUCKETS, first_byte_seconds)] += 1
+            series[-1] += first_byte_seconds
+            series = self._overhead_seconds
+            series[bisect_left(FAST_BUCKETS, overhead_seconds)] += 1
+            series[-1] += overhead_seconds
+        served.prompt += prompt
+        served.completion += completion
+        served.cached += cached
 
     def retried(self, model: str, reason: str) -> None:
         self._retries[model, reason] += 1
@@ -132,20 +153,14 @@ class ProxyMetrics(Collector):
     def client_left(self, model: str) -> None:
         self._disconnects[model] += 1
 
-    def tokens(self, model: str, tenant: str, prompt: int, completion: int, cached: int) -> None:
-        """What an answer cost; `cached` are some of the prompt's."""
-        tokens = self._tokens
-        tokens[model, tenant, "prompt"] += prompt
-        tokens[model, tenant, "completion"] += completion
-        if cached:
-            tokens[model, tenant, "cached"] += cached
-
     # --- telling ------------------------------------------------------------------------------------------
 
     def snapshot(self) -> Numbers:
         """All of it, as a copy."""
         return {
-            REQUESTS.name: {(model, tenant, str(code)): n for (model, tenant, code), n in self._requests.items()},
+            REQUESTS.name: {
+                (*whose, str(code)): count for whose, one in self._served.items() for code, count in one.codes.items()
+            },
             REQUEST_SECONDS.name: _copies(self._request_seconds),
             FIRST_BYTE_SECONDS.name: _copies(self._first_byte_seconds),
             OVERHEAD_SECONDS.name: {(): list(self._overhead_seconds)},
@@ -154,7 +169,7 @@ class ProxyMetrics(Collector):
             UPSTREAM_RETRIES.name: _copied(self._retries),
             BROKEN_STREAMS.name: _by_one(self._broken),
             CLIENT_DISCONNECTS.name: _by_one(self._disconnects),
-            TOKENS.name: _copied(self._tokens),
+            TOKENS.name: {(*whose, kind): count for whose, one in self._served.items() for kind, count in one.tokens()},
             LIMITED_REQUESTS.name: _copied(self.limited_requests()),
             USAGE_LOST.name: _by_one(self.usage_lost()),
             DIRECTORY_AGE_SECONDS.name: {(): self.directory_age_seconds()},
@@ -165,6 +180,24 @@ class ProxyMetrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         return metrics_of(FAMILIES, self.snapshot())
+
+
+class _Served:
+    """What is counted of one tenant's requests for one model."""
+
+    __slots__ = ("cached", "codes", "completion", "prompt")
+
+    def __init__(self) -> None:
+        self.codes: dict[int, int] = defaultdict(int)  # by HTTP status
+        self.prompt = self.completion = self.cached = 0
+
+    def tokens(self) -> Iterator[tuple[str, int]]:
+        """By kind, where there were any."""
+        if self.prompt or self.completion:
+            yield "prompt", self.prompt
+            yield "completion", self.completion
+        if self.cached:
+            yield "cached", self.cached
 
 
 def exposition(numbers: Numbers) -> bytes:

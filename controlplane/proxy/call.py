@@ -33,8 +33,15 @@ from controlplane.proxy.errors import (
     upstream_error,
     upstream_timeout,
 )
-from controlplane.proxy.request import Asked, asks_for_usage, read_asked, with_usage_asked_for
-from controlplane.proxy.tokens import BodyReader, EventReader, TokenCount, error_in, first_event, tokens_of
+from controlplane.proxy.request import Asked, Request, asks_for_usage, read_asked, with_usage_asked_for
+from controlplane.proxy.tokens import (
+    BodyReader,
+    EventReader,
+    TokenCount,
+    error_in,
+    first_event,
+    tokens_of,
+)
 from controlplane.proxy.upstreams import Head, Upstream, UpstreamConnection
 
 if TYPE_CHECKING:
@@ -58,22 +65,6 @@ _EVENT_STREAM = b"content-type: text/event-stream; charset=utf-8\r\n"
 _NOT_GATHERED = b"cache-control: no-cache\r\nx-accel-buffering: no\r\n"  # by what is between us and the client
 _SAID_OF_STREAMS = (b"cache-control:", b"x-accel-buffering:")
 CLIENT_LEFT = 499  # for metrics and the log: nobody was answered
-
-
-class Request:
-    """A request as it was read. `headers` are those that may be sent on, as the lines of a head."""
-
-    __slots__ = ("body", "fields", "headers", "is_http_10", "path", "query", "received_at", "request_id", "started_at")
-
-    def __init__(self, path: bytes, query: bytes, *, started_at: float) -> None:
-        self.path = path
-        self.query = query  # with its question mark, or empty
-        self.fields: list[tuple[bytes, bytes]] = []  # all that came
-        self.headers = b""
-        self.request_id = b""
-        self.is_http_10 = False
-        self.body = b""
-        self.started_at = self.received_at = started_at  # received: with its whole body
 
 
 class Upload:
@@ -179,19 +170,18 @@ class Call:
             raise model_not_found(model)
         self.model = model
         self._grant = plane.limits.admit(key.tenant, prompt_bytes, asked.most_tokens, now)
-        if asked.stream and request.path in TELLS_USAGE_IF_ASKED and not asks_for_usage(asked):
+        if asked.stream and request.head.path in TELLS_USAGE_IF_ASKED and not asks_for_usage(asked):
             self._hides_usage = True
             self._body = with_usage_asked_for(request.body, asked)
-        self._enter(now)
-
-    def _enter(self, now: float) -> None:
-        """Take a place at the model, or wait for one. Raises ApiError."""
-        rooms = self._plane.rooms
-        if rooms.enter(self.model, self.tenant):
+        if plane.rooms.enter(model, key.tenant):
             self._take_turn(now)
-            return
+        else:
+            self._wait(now)
+
+    def _wait(self, now: float) -> None:
+        """For a place at the model. Raises ApiError."""
         self._phase = _WAITING
-        self._waiting = rooms.wait(
+        self._waiting = self._plane.rooms.wait(
             self.model, self.tenant, self._let_in, self._turned_away, now, is_stream=self._asked.stream
         )
         self._breaks_at = math.inf  # the room has the deadline
@@ -219,7 +209,10 @@ class Call:
             return
         self._give_place_back()  # what was routable has left in this moment
         try:
-            self._enter(now)
+            if plane.rooms.enter(self.model, self.tenant):
+                self._take_turn(now)
+            else:
+                self._wait(now)
         except ApiError as error:
             self.refuse(error)
 
@@ -228,7 +221,7 @@ class Call:
         router, model = self._plane.router, self.model
         affinity = None
         if router.wants_affinity(model):
-            affinity = router.affinity_of(model, self.request.fields, self.request.body)
+            affinity = router.affinity_of(model, self.request.head.fields, self.request.body)
         return router.pick(model, affinity, self._tried, now)
 
     def _go(self, upstream: Upstream, now: float) -> None:
@@ -236,7 +229,8 @@ class Call:
         self.endpoint = upstream.endpoint
         self._tried += (upstream.url,)
         upstream.in_flight += 1
-        upstream.breaker.began(now)
+        if not upstream.breaker.is_calm:
+            upstream.breaker.began(now)
         # what is passed on while it comes cannot be sent again, as it could be on one that was closed meanwhile
         connection = upstream.take() if self._upload is None else None
         if connection is not None:
@@ -263,6 +257,7 @@ class Call:
 
     def _ask(self, connection: UpstreamConnection, now: float) -> None:
         request, upstream, upload = self.request, connection.upstream, self._upload
+        head = request.head
         self._phase = _ASKED
         self._connection = connection
         self._sent_at = now
@@ -278,10 +273,10 @@ class Call:
             b"POST %b%b%b%b%b%bx-request-id: %b\r\n\r\n%b"
             % (
                 upstream.path,
-                request.path,
-                request.query,
+                head.path,
+                head.query,
                 upstream.head,
-                request.headers,
+                head.headers,
                 length,
                 request.request_id,
                 body,
@@ -477,7 +472,7 @@ class Call:
 
     def _framing(self, head: Head, whole: int | None) -> bytes:
         """The header that says where the answer ends. `whole`: its length, if it is here already."""
-        if head.status in (204, 304):
+        if head.status == 204 or head.status == 304:
             return b""
         if self._events is None:  # or events are hidden, and comments put in
             length = whole if head.content_length is None else head.content_length
@@ -515,7 +510,7 @@ class Call:
     def _retry(self, failure: Failure) -> bool:
         """Ask another endpoint, if that is allowed and there is one."""
         plane, now = self._plane, time.monotonic()
-        if not may_retry(failure, self._retries, is_repeatable=self.request.path not in NOT_SENT_TWICE):
+        if not may_retry(failure, self._retries, is_repeatable=self.request.head.path not in NOT_SENT_TWICE):
             return False
         if len(self._tried) >= plane.options.max_tries or (self._upload is not None and self._upload.was_sent):
             return False
@@ -737,20 +732,13 @@ class Call:
         return TokenCount()
 
     def _count(self, tokens: TokenCount, now: float) -> None:
-        plane = self._plane
-        metrics, model, tenant = plane.metrics, self.model, self.tenant
-        metrics.ended(model, tenant, self.status, now - self.request.started_at)
-        for failure in self._retries:
-            metrics.retried(model, failure.value)
-        if self._first_byte_at:
-            metrics.first_byte(model, self._first_byte_at - self.request.started_at, self._overhead)
-            if self.failure is not None:
-                metrics.broke(model)
-        if self.has_client_left:
-            metrics.client_left(model)
-        if self.endpoint is not None and self._sent_at:
-            is_aborted = self.has_client_left or self.failure is not None
-            if not tokens.is_known and self._first_byte_at and is_aborted:
+        plane, started_at, first_byte_at = self._plane, self.request.started_at, self._first_byte_at
+        metrics, model, tenant, endpoint = plane.metrics, self.model, self.tenant, self.endpoint
+        is_aborted = self.has_client_left or self.failure is not None
+        if is_aborted or self._retries:
+            self._count_faults()
+        if endpoint is not None and self._sent_at:
+            if is_aborted and first_byte_at and not tokens.is_known:
                 # it did not live to tell: a piece of a stream is a token, or a few
                 tokens.prompt = 0 if self._is_form else len(self.request.body) // _BYTES_A_TOKEN
                 tokens.completion = self._pieces
@@ -758,24 +746,43 @@ class Call:
                 plane.usage.record(
                     tenant,
                     model,
-                    self.endpoint.endpoint_id,
-                    self.endpoint.replica,
+                    endpoint.endpoint_id,
+                    endpoint.replica,
                     tokens.prompt,
                     tokens.completion,
                     tokens.cached,
                     is_aborted,
                     plane.today,
                 )
-            if tokens.prompt or tokens.completion:
-                metrics.tokens(model, tenant, tokens.prompt, tokens.completion, tokens.cached)
+        metrics.ended(
+            model,
+            tenant,
+            self.status,
+            now - started_at,
+            first_byte_seconds=first_byte_at - started_at if first_byte_at else None,
+            overhead_seconds=self._overhead,
+            prompt=tokens.prompt,
+            completion=tokens.completion,
+            cached=tokens.cached,
+        )
+
+    def _count_faults(self) -> None:
+        metrics, model = self._plane.metrics, self.model
+        for failure in self._retries:
+            metrics.retried(model, failure.value)
+        if self.failure is not None and self._first_byte_at:
+            metrics.broke(model)
+        if self.has_client_left:
+            metrics.client_left(model)
 
 
 def _tell_breaker(upstream: Upstream, status: int, now: float) -> None:
     """It has answered with this status, in its head or in a stream's first event."""
+    breaker = upstream.breaker
     if status in _ENGINE_FAILED:
-        upstream.breaker.failed(now)
-    else:
-        upstream.breaker.succeeded(now)
+        breaker.failed(now)
+    elif not breaker.is_calm:
+        breaker.succeeded(now)
 
 
 def _of_stream(lines: list[bytes]) -> list[bytes]:

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from hashlib import sha256
 
+from controlplane.proxy.request import RequestHead
+
 _LONGEST = 8192
 _MOST = 2048  # then all are forgotten: clients that say something new each time must not fill the memory
 _NAMES = (b"\r\ncontent-length: ", b"\r\nContent-Length: ")
@@ -23,51 +25,51 @@ _VARIES = frozenset({b"x-request-id", b"traceparent", b"tracestate", b"idempoten
 
 
 class KnownHead:
-    """What a head says. `headers`: those that are sent on, as lines."""
+    """A head that was found good, in two parts: what stands before its length's digits, and behind them."""
 
-    __slots__ = ("credential_hash", "fields", "headers", "path", "query")
+    __slots__ = ("_after", "_before", "_start", "credential_hash", "says")
 
-    def __init__(
-        self, path: bytes, query: bytes, headers: bytes, fields: list[tuple[bytes, bytes]], credential: bytes
-    ) -> None:
-        self.path = path
-        self.query = query
-        self.headers = headers
-        self.fields = fields
+    def __init__(self, before: bytes, after: bytes, says: RequestHead, credential: bytes) -> None:
+        self._before = before
+        self._after = after
+        self._start = len(before)
+        self.says = says
         self.credential_hash = sha256(credential).digest()
+
+    def body_in(self, data: bytes) -> bytes | None:
+        """The body, if `data` is one whole request with this head; nothing else is ever taken for one."""
+        if not data.startswith(self._before):
+            return None
+        start = self._start
+        stop = data.find(b"\r\n", start, start + _LONGEST_LENGTH + 2)
+        body_at = stop + len(self._after)
+        digits = data[start:stop]
+        if digits.isdigit() and data[stop:body_at] == self._after and len(data) - body_at == int(digits):
+            return data[body_at:]
+        return None
 
 
 class KnownHeads:
     def __init__(self) -> None:
-        self._known: dict[bytes, KnownHead] = {}
+        self._known: dict[tuple[bytes, bytes], KnownHead] = {}
 
-    def find(self, data: bytes) -> tuple[KnownHead, bytes] | None:
-        """The head and the body, if `data` is one whole request whose head is known."""
+    def find(self, data: bytes) -> KnownHead | None:
+        """The one that `data` may begin with."""
         parts = _split(data)
-        if parts is None:
-            return None
-        head, digits, body_at = parts
-        known = self._known.get(head)
-        if known is None or len(data) - body_at != int(digits):
-            return None
-        return known, data[body_at:]
+        return None if parts is None else self._known.get(parts)
 
-    def learn(self, data: bytes, known: KnownHead) -> None:
+    def learn(self, data: bytes, says: RequestHead, credential: bytes) -> None:
         """`data` begins with a request that was found good and plain: kept alive, with a length, in HTTP/1.1."""
         parts = _split(data)
-        if parts is None or any(name in _VARIES for name, _ in known.fields):
+        if parts is None or any(name in _VARIES for name, _ in says.fields):
             return
         if len(self._known) >= _MOST:
             self._known.clear()
-        self._known[parts[0]] = known
+        self._known[parts] = KnownHead(*parts, says, credential)
 
 
-def _split(data: bytes) -> tuple[bytes, bytes, int] | None:
-    """The head without its length, the length's digits, and where the body begins.
-
-    The first header line that is a length is cut out, so that no two heads become one: where the digits were can be
-    told from what is left.
-    """
+def _split(data: bytes) -> tuple[bytes, bytes] | None:
+    """A head's two parts. The first header line that is a length is cut out."""
     end = data.find(b"\r\n\r\n", 0, _LONGEST)
     at = data.find(_NAMES[0], 0, end)
     if at < 0:
@@ -76,7 +78,6 @@ def _split(data: bytes) -> tuple[bytes, bytes, int] | None:
         return None
     start = at + _NAME_LENGTH
     stop = data.find(b"\r\n", start, end + 2)
-    digits = data[start:stop]
-    if not digits.isdigit() or len(digits) > _LONGEST_LENGTH:
+    if not data[start:stop].isdigit() or stop - start > _LONGEST_LENGTH:
         return None
-    return data[:start] + data[stop:end], digits, end + 4
+    return data[:start], data[stop : end + 4]

@@ -44,15 +44,14 @@ class Plane:
     now: float = field(default_factory=time.monotonic)
     today: date = field(default_factory=lambda: utc_now().date())
 
-    _default_headers: list[tuple[bytes, bytes]] = field(default_factory=list)
-    _default_lines: bytes = b""
+    # What every answer says. uvicorn makes a new list every second; in between it is written once.
+    default_headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+    default_lines: bytes = b""
 
-    def lines_of(self, default_headers: list[tuple[bytes, bytes]]) -> bytes:
-        """uvicorn makes a new list every second; in between it is written once."""
-        if default_headers is not self._default_headers:
-            self._default_headers = default_headers
-            self._default_lines = wire.lines(default_headers)
-        return self._default_lines
+    def write_default_lines(self, headers: list[tuple[bytes, bytes]]) -> bytes:
+        self.default_headers = headers
+        self.default_lines = wire.lines(headers)
+        return self.default_lines
 
     def tick(self) -> None:
         """Look at every deadline. A stream that waits has one float, and no timer of its own."""

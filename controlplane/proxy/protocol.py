@@ -35,7 +35,7 @@ from uvicorn.server import ServerState
 from controlplane.core.types import ApiKey
 from controlplane.proxy import wire
 from controlplane.proxy.auth import authenticate, credential_of, good_key
-from controlplane.proxy.call import CLIENT_LEFT, Call, Request, Upload
+from controlplane.proxy.call import CLIENT_LEFT, Call, Upload
 from controlplane.proxy.errors import (
     ApiError,
     BadRequest,
@@ -49,7 +49,7 @@ from controlplane.proxy.errors import (
 from controlplane.proxy.heads import KnownHead
 from controlplane.proxy.multipart import ModelInForm
 from controlplane.proxy.plane import Plane
-from controlplane.proxy.request import header, request_id_of
+from controlplane.proxy.request import Request, RequestHead, header, request_id_of
 
 _logger = logging.getLogger("uvicorn.error")
 
@@ -182,6 +182,7 @@ class ClientConnection(asyncio.Protocol):
         "_parser",
         "_queue",
         "_read_ahead",
+        "_usual_head",
         "app_state",
         "config",
         "deadline",
@@ -227,6 +228,7 @@ class ClientConnection(asyncio.Protocol):
         self._is_closing_softly = False
         self._is_deaf = False  # nothing more can be read: where the next request begins is not known
         self._parser: httptools.HttpRequestParser | None = None  # most connections never need one
+        self._usual_head: KnownHead | None = None  # of the last request: a client says the same one again
 
     # --- the event loop's side ----------------------------------------------------------------------------
 
@@ -249,9 +251,13 @@ class ClientConnection(asyncio.Protocol):
                 self.transport.pause_reading()
             return
         if self._incoming is None and not self._is_deaf:
-            found = self.plane.heads.find(data)
-            if found is not None:
-                self._begin_known(*found)
+            head = self._usual_head
+            body = None if head is None else head.body_in(data)
+            if body is None:
+                head = self._usual_head = self.plane.heads.find(data)
+                body = None if head is None else head.body_in(data)
+            if head is not None and body is not None:
+                self._begin_known(head, body)
                 return
             self._feed(data)
             if len(self._queue) == 1 and self._incoming is None:
@@ -431,7 +437,8 @@ class ClientConnection(asyncio.Protocol):
         incoming.path = path
         try:
             if (path in ROUTES or path in FORM_ROUTES) and incoming.method == "POST":
-                incoming.request = request = Request(path, mark + query, started_at=time.monotonic())
+                head = RequestHead(path, mark + query, incoming.fields)
+                incoming.request = request = Request(head, b"", b"", time.monotonic())
                 self._read_head(incoming, request)
             else:
                 for name, value in incoming.fields:
@@ -446,8 +453,7 @@ class ClientConnection(asyncio.Protocol):
         """Raises ApiError."""
         authorization = x_api_key = request_id = hops = None
         passed = []
-        request.fields = fields = incoming.fields
-        for name, value in fields:
+        for name, value in incoming.fields:
             if name not in _NOT_SENT_ON:
                 passed.append(b"%b: %b\r\n" % (name, value))
             elif name == b"authorization":
@@ -466,7 +472,7 @@ class ClientConnection(asyncio.Protocol):
         incoming.check_framing()
         if hops is not None and hops not in (b"keep-alive", b"close"):
             passed = wire.without_named(passed, hops)
-        request.headers = b"".join(passed)
+        request.head.headers = b"".join(passed)
         snapshot = self.plane.directory.snapshot
         if snapshot is None:
             raise nothing_known_yet()
@@ -476,7 +482,7 @@ class ClientConnection(asyncio.Protocol):
             raise request_too_large(self.plane.options.max_body_bytes)
         if incoming.path in FORM_ROUTES:
             incoming.is_plain = False
-            incoming.form = ModelInForm(header(fields, b"content-type") or b"")
+            incoming.form = ModelInForm(header(incoming.fields, b"content-type") or b"")
 
     def on_body(self, body: bytes) -> None:
         incoming = self._incoming
@@ -537,21 +543,16 @@ class ClientConnection(asyncio.Protocol):
             and incoming.is_plain
             and not request.is_http_10
         ):
-            self.plane.heads.learn(
-                data, KnownHead(request.path, request.query, request.headers, request.fields, incoming.credential)
-            )
+            self.plane.heads.learn(data, request.head, incoming.credential)
 
     def _begin_known(self, head: KnownHead, body: bytes) -> None:
+        """A request is whole, and its head is known."""
         now = time.monotonic()
         plane = self.plane
         self.is_new = False
         self.keeps_alive = not self._is_stopping
         self.deadline = math.inf
-        request = Request(head.path, head.query, started_at=now)
-        request.fields = head.fields
-        request.headers = head.headers
-        request.request_id = request_id_of(None)
-        request.body = body
+        request = Request(head.says, request_id_of(None), body, now)
         snapshot = plane.directory.snapshot
         key = None if snapshot is None else good_key(head.credential_hash, snapshot.keys)
         self._call = call = Call(plane, self, request, key)
@@ -655,7 +656,8 @@ class ClientConnection(asyncio.Protocol):
     @property
     def default_lines(self) -> bytes:
         """What every answer says: `date`, and what else uvicorn is told to say."""
-        return self.plane.lines_of(self.state.default_headers)
+        plane, headers = self.plane, self.state.default_headers
+        return plane.default_lines if headers is plane.default_headers else plane.write_default_lines(headers)
 
     def cut_short(self) -> None:
         """End an answer visibly before its end."""

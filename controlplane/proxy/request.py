@@ -22,6 +22,31 @@ _ABSENT = msgspec.Raw()
 _ASKS_FOR_USAGE = b'"stream_options":{"include_usage":true}'
 
 
+class RequestHead:
+    """What the head of a request says; the same one may be of many requests."""
+
+    __slots__ = ("fields", "headers", "path", "query")
+
+    def __init__(self, path: bytes, query: bytes, fields: list[tuple[bytes, bytes]]) -> None:
+        self.path = path
+        self.query = query  # with its question mark, or empty
+        self.fields = fields  # all that came; names in lower case
+        self.headers = b""  # those that may be sent on, as lines
+
+
+class Request:
+    """One request, as it was read."""
+
+    __slots__ = ("body", "head", "is_http_10", "received_at", "request_id", "started_at")
+
+    def __init__(self, head: RequestHead, request_id: bytes, body: bytes, started_at: float) -> None:
+        self.head = head
+        self.request_id = request_id
+        self.body = body
+        self.is_http_10 = False
+        self.started_at = self.received_at = started_at  # received: with its whole body
+
+
 class Asked(msgspec.Struct, gc=False):
     """The fields of a JSON body that concern the proxy; all others are the upstream's business."""
 
@@ -35,8 +60,9 @@ class Asked(msgspec.Struct, gc=False):
     @property
     def most_tokens(self) -> int | None:
         """How many tokens the answer may have; None: the client leaves it to the model."""
-        limits = (self.max_completion_tokens, self.max_tokens, self.max_output_tokens)
-        return next((limit for limit in limits if limit is not None), None)
+        if self.max_completion_tokens is not None:
+            return self.max_completion_tokens
+        return self.max_output_tokens if self.max_tokens is None else self.max_tokens
 
 
 _decode: Callable[[bytes], Asked] = msgspec.json.Decoder(Asked).decode

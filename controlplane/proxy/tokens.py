@@ -78,15 +78,18 @@ class TokenCount:
         completion = usage.completion_tokens if usage.completion_tokens is not None else usage.output_tokens
         if prompt is None and completion is None and usage.total_tokens is not None:
             prompt = usage.total_tokens  # embeddings and rerank of some servers
-        details = usage.prompt_tokens_details or usage.input_tokens_details
-        cached = details.cached_tokens if details is not None else usage.cache_read_input_tokens
         if prompt is None and completion is None:
             return
+        details = usage.prompt_tokens_details or usage.input_tokens_details
+        cached = details.cached_tokens if details is not None else usage.cache_read_input_tokens
         self.is_known = True
         # a stream may say it in parts, and more than once: the largest of each is what it came to
-        self.prompt = max(self.prompt, prompt or 0)
-        self.completion = max(self.completion, completion or 0)
-        self.cached = max(self.cached, cached or 0)
+        if prompt and prompt > self.prompt:
+            self.prompt = prompt
+        if completion and completion > self.completion:
+            self.completion = completion
+        if cached and cached > self.cached:
+            self.cached = cached
 
     def _add_answer(self, answer: _Answer) -> None:
         if answer.usage is not None:
@@ -100,8 +103,14 @@ class TokenCount:
 def tokens_of(body: bytes) -> TokenCount:
     """Of an answer that is one JSON document, and here whole."""
     tokens = TokenCount()
-    with suppress(*_UNREADABLE):
-        tokens._add_answer(_decode_answer(body))
+    try:
+        answer = _decode_answer(body)
+    except _UNREADABLE:
+        return tokens
+    if answer.usage is not None and answer.response is None and answer.message is None:
+        tokens._add(answer.usage)
+    else:
+        tokens._add_answer(answer)
     return tokens
 
 

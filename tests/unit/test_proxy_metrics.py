@@ -40,8 +40,7 @@ def test_histograms_and_counters_are_the_text_that_prometheus_client_makes_of_th
     )
     ours = ProxyMetrics()
     for model, seconds, overhead_seconds in observed:
-        ours.ended(model, "t", 200, seconds)
-        ours.first_byte(model, seconds, overhead_seconds)
+        ours.ended(model, "t", 200, seconds, first_byte_seconds=seconds, overhead_seconds=overhead_seconds)
         requests.labels(model, "t", 200).inc()
         slow.labels(model).observe(seconds)
         fast.observe(overhead_seconds)
@@ -53,7 +52,7 @@ def test_histograms_and_counters_are_the_text_that_prometheus_client_makes_of_th
 def test_a_registry_tells_the_same_as_the_exposition() -> None:
     registry = CollectorRegistry()
     metrics = ProxyMetrics(registry)
-    metrics.tokens("m", "t", 7, 0, 0)
+    metrics.ended("m", "t", 200, 0.2, prompt=7)
     metrics.in_flight["m"] += 2
     metrics.held_requests = lambda: {"m": 3}
     metrics.limited_requests = lambda: {("t", "requests"): 4}
