@@ -56,7 +56,9 @@ class Site:
             raise BenchmarkFailed(f"controlplane {' '.join(arguments)}: {done.stderr.strip()[-1000:]}")
         return done.stdout
 
-    def prepare(self, models: Mapping[str, Sequence[int]], keys: Sequence[str]) -> list[str]:
+    def prepare(
+        self, models: Mapping[str, Sequence[int]], keys: Sequence[str], max_in_flight: Mapping[str, int]
+    ) -> list[str]:
         """Migrate, apply a set a model, make keys and limits; returns the limits that this version knows."""
         self.command("migrate")
         specs: list[dict[str, object]] = [
@@ -65,7 +67,7 @@ class Site:
         ]
         if "max_in_flight" in (self.root / "docs" / "replica-sets.schema.json").read_text():
             for spec in specs:
-                spec["routing"] = {"max_in_flight": _MOST_IN_FLIGHT}
+                spec["routing"] = {"max_in_flight": max_in_flight.get(str(spec["model"]), _MOST_IN_FLIGHT)}
         self.command("apply", "-f", "-", stdin=json.dumps({"replica_sets": specs}))
         with psycopg.connect(self.database_url) as connection:
             connection.execute("INSERT INTO tenants (name) VALUES (%s) ON CONFLICT DO NOTHING", (TENANT,))
@@ -141,14 +143,16 @@ def our_proxy(
     *,
     core: int | None = None,
     root: Path = HERE,
+    max_in_flight: Mapping[str, int] | None = None,
 ) -> Iterator[Proxy]:
     """Start all of it in the directory, which other users must be able to enter.
 
-    `models` says on which ports each is served.
+    `models` says on which ports each is served; `max_in_flight` how many requests each of these takes at once, where
+    that shall be few.
     """
     with PrivatePostgres(directory / "postgres", is_durable=False) as postgres:
         site = Site(root.resolve(), directory, postgres.create_database("bench"))
-        limits = site.prepare(models, keys)
+        limits = site.prepare(models, keys, max_in_flight or {})
         key_file = directory / "keys.txt"
         key_file.write_text("".join(f"{key}\n" for key in keys))
         [port] = free_ports(1)

@@ -9,6 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests.benchmarks.idle_streams import FILES_BESIDES, split
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -37,10 +41,24 @@ def test_what_answers_nothing_is_no_result(tmp_path: Path) -> None:
     assert "|" not in done.stdout
 
 
-def test_idle_streams_are_held_and_end() -> None:
-    done = run("idle_streams", "--streams", "50", "--idle-seconds", "1", "--ramp-seconds", "0.2")
+@pytest.mark.parametrize(
+    ("asked", "files", "passed_on", "waiting"),
+    [(10_000, 30_000, 10_000, 0), (10_000, 20_000, 9800, 200), (10_000, 19_900, 9700, 300), (10_000, 1024, 212, 400)],
+)
+def test_where_open_files_are_too_few_the_last_streams_wait(
+    asked: int, files: int, passed_on: int, waiting: int
+) -> None:
+    parts = split(asked, files)
+    assert (parts.passed_on, parts.waiting) == (passed_on, waiting)
+    assert 2 * parts.passed_on + parts.waiting <= files - FILES_BESIDES
+
+
+@pytest.mark.parametrize("extra", [[], ["--open-files", "290"]])
+def test_idle_streams_are_held_and_end(extra: list[str]) -> None:
+    done = run("idle_streams", "--streams", "50", "--idle-seconds", "1", "--ramp-seconds", "0.2", *extra)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "50 idle at once" in done.stdout
+    assert "50 of 50 asked for" in done.stdout
+    assert f"{10 if extra else 0} waiting for a place" in done.stdout
     assert "ended well   50; errors: 0" in done.stdout
 
 
