@@ -141,8 +141,9 @@ class Call:
 
     def begin(self, now: float) -> None:
         """The request is whole. Answers it, or sees to it that it will be."""
+        body = self.request.body
         try:
-            self._admit(read_asked(self.request.body), len(self.request.body), now)
+            self._admit(read_asked(body), len(body), now)
         except ApiError as error:
             self.refuse(error)
 

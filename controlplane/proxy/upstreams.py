@@ -26,8 +26,10 @@ from controlplane.core.breaker import Breaker
 from controlplane.core.types import RoutableEndpoint
 from controlplane.proxy import wire
 
-_NOT_SENT_BACK = wire.HOP_BY_HOP | {b"server", b"date", b"x-request-id", b"content-length"}
-"""Our server and our id are named instead; the length is said anew, if it is known."""
+_SAID_ANEW = frozenset({b"server", b"date", b"x-request-id"})
+"""Our server and our id are named instead."""
+
+_NOT_SENT_BACK = wire.HOP_BY_HOP | _SAID_ANEW
 
 _INFORMATIONAL = 200  # statuses below are interim answers
 
@@ -263,21 +265,22 @@ class UpstreamConnection(asyncio.Protocol):
             raise ValueError("it says more than it was asked")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._has_begun:
-            return  # a trailer
-        name, head = name.lower(), self.head
-        if name in _NOT_SENT_BACK:
-            if name == b"transfer-encoding":
-                head.is_framed = True
-            elif name == b"content-length":
-                head.is_framed = True
-                head.content_length = int(value)
-            elif name == b"connection":
-                head.names_hops = value if head.names_hops is None else b"%b,%b" % (head.names_hops, value)
-            return
-        if name == b"content-type":
+        if self._has_begun or name in _SAID_ANEW:
+            return  # a trailer, or what is nobody's business
+        head = self.head
+        name = name.lower()
+        if name == b"content-length":
+            head.is_framed = True
+            head.content_length = int(value)
+        elif name == b"content-type":
             head.is_event_stream = value[:17].lower() == b"text/event-stream"
-        head.lines.append(b"%b: %b\r\n" % (name, value))
+            head.lines.append(b"content-type: %b\r\n" % value)
+        elif name not in _NOT_SENT_BACK:
+            head.lines.append(b"%b: %b\r\n" % (name, value))
+        elif name == b"transfer-encoding":
+            head.is_framed = True
+        elif name == b"connection":
+            head.names_hops = value if head.names_hops is None else b"%b,%b" % (head.names_hops, value)
 
     def on_headers_complete(self) -> None:
         parser, head = self._parser, self.head
