@@ -1,6 +1,7 @@
 """A whole site on one machine: Slurm, PostgreSQL, Alertmanager, Prometheus, and the control plane with its proxy.
 
-Everything is real but the GPUs and the model. The alert rules are those of `grafana/alerts/`, made Prometheus rules;
+Everything is real but the GPUs, their exporter and the model. Slurm's prolog and epilog write down which job holds
+which GPU, as a site's would for dcgm-exporter. The alert rules are those of `grafana/alerts/`, made Prometheus rules;
 only their durations are shortened, so that minutes become seconds. It all lives in one directory and is gone after
 `stop`, or after the next `start` in the same directory when this process was killed.
 """
@@ -22,7 +23,8 @@ from controlplane.clock import utc_now
 from controlplane.core.types import Move, Phase, Reason, ReplicaSetSpec
 from controlplane.db import Database, DatabaseOptions, keys, migrate, replica_sets, replicas
 from controlplane.demo.alert_rules import Pace, convert
-from controlplane.demo.children import Server, free_ports
+from controlplane.demo.children import Server, free_ports, is_listening
+from controlplane.demo.fake_dcgm import jobs as gpu_jobs
 from controlplane.demo.postgres import PrivatePostgres
 from controlplane.demo.prometheus import Alertmanager, AlertmanagerOptions, Prometheus, PrometheusOptions
 from controlplane.demo.slurm_cluster import SlurmCluster
@@ -55,8 +57,13 @@ class Site(Server):
         self.database_url = ""
         self.api_key = ""
         self.operator_token = secrets.token_urlsafe(24)
+        self._gpu_jobs = self.directory / "gpu-jobs"
+        self._gpu_exporters: dict[str, int] = {}
         self.slurm = SlurmCluster(
-            self.directory / "slurm", nodes=options.nodes, gpus=options.gpus_per_node, extra_conf=["KillWait=5"]
+            self.directory / "slurm",
+            nodes=options.nodes,
+            gpus=options.gpus_per_node,
+            extra_conf=["KillWait=5", *gpu_jobs.slurm_conf(self._gpu_jobs)],
         )
         self._webhook_token = secrets.token_urlsafe(24)
         self.alertmanager: Alertmanager
@@ -71,6 +78,10 @@ class Site(Server):
     def proxy_url(self) -> str:
         """The proxy's root: public, for clients."""
         return f"http://127.0.0.1:{self._proxy_port}"
+
+    def gpu_exporter_url(self, node: str) -> str:
+        """The root of a node's GPU exporter; `POST /fault` there pretends an XID."""
+        return f"http://127.0.0.1:{self._gpu_exporters[node]}"
 
     def stop(self) -> None:
         """End everything, replicas included."""
@@ -120,6 +131,7 @@ class Site(Server):
         self.database_url = self._options.database_url or self._private_database()
         migrate(self.database_url)
         asyncio.run(self._prepare())
+        gpu_jobs.write_scripts(self._gpu_jobs)
         self._parts.enter_context(self.slurm)
         self._web_port, self._proxy_port = free_ports(2)
         webhook = AlertmanagerOptions(f"{self.web_url}/webhooks/alertmanager", self._webhook_token)
@@ -127,6 +139,7 @@ class Site(Server):
         self._parts.enter_context(self.alertmanager)
         rules = self.directory / "rules.yml"
         rules.write_text(convert(_alert_rules(), Pace(self._options.time_scale)))
+        self._start_gpu_exporters()
         self.prometheus = Prometheus(
             self.directory / "prometheus",
             PrometheusOptions(
@@ -135,12 +148,28 @@ class Site(Server):
                     "controlplane": [f"127.0.0.1:{self._web_port}"],
                     "proxy": [f"127.0.0.1:{self._proxy_port}"],
                 },
+                dcgm_targets=[f"127.0.0.1:{port}" for port in self._gpu_exporters.values()],
                 rule_files=[rules],
                 alertmanager=self.alertmanager.address,
             ),
         )
         self._parts.enter_context(self.prometheus)
         self.start_control_plane()
+
+    def _start_gpu_exporters(self) -> None:
+        nodes = self.slurm.node_names
+        self._gpu_exporters = dict(zip(nodes, free_ports(len(nodes)), strict=True))
+        command = [sys.executable, "-m", "controlplane.demo.fake_dcgm", "--gpus", str(self._options.gpus_per_node)]
+        command += ["--jobs", str(self._gpu_jobs), "--replicas", f"{self.web_url}/sd/prometheus"]
+        for node, port in self._gpu_exporters.items():
+            command += ["--node", f"{node}={port}"]
+        self.children.start("gpu-exporters", command)
+        self.children.wait_until(
+            lambda: all(is_listening(port) for port in self._gpu_exporters.values()),
+            "the GPU exporters listen",
+            needs=["gpu-exporters"],
+            timeout_seconds=_READY_SECONDS,
+        )
 
     def _private_database(self) -> str:
         server = self._parts.enter_context(PrivatePostgres(self.directory / "postgres"))
