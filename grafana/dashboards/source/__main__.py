@@ -7,9 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from grafana.dashboards.source.board import Board
+from grafana.dashboards.source.control_plane import control_plane
+from grafana.dashboards.source.gpu_nodes import gpu_nodes
+from grafana.dashboards.source.tenants import tenants
 
 FOLDER = Path(__file__).parents[1]
-BOARDS: tuple[Callable[[], Board], ...] = ()
+BOARDS: tuple[Callable[[], Board], ...] = (gpu_nodes, control_plane, tenants)
 
 
 def files() -> dict[Path, str]:
