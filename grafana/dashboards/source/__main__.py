@@ -6,10 +6,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from grafana.dashboards.source import fleet
 from grafana.dashboards.source.board import Board
 
 FOLDER = Path(__file__).parents[1]
-BOARDS: tuple[Callable[[], Board], ...] = ()
+BOARDS: tuple[Callable[[], Board], ...] = (fleet.board,)
 
 
 def files() -> dict[Path, str]:
