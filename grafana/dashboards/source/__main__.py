@@ -6,11 +6,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from grafana.dashboards.source import fleet
+from grafana.dashboards.source import fleet, model, replica
 from grafana.dashboards.source.board import Board
 
 FOLDER = Path(__file__).parents[1]
-BOARDS: tuple[Callable[[], Board], ...] = (fleet.board,)
+BOARDS: tuple[Callable[[], Board], ...] = (fleet.board, model.board, replica.board)
 
 
 def files() -> dict[Path, str]:
