@@ -28,6 +28,8 @@ _THERMAL_SECONDS = 30.0  # how fast a temperature follows
 _IDLE_SM_MHZ, _BUSY_SM_MHZ, _MEMORY_MHZ = 345, 1980, 2619
 _THROTTLES_ABOVE_WATTS = 660.0
 
+_WORN_INDEX = 5  # it has had errors that were corrected, as some GPU of any fleet has
+
 _DOUBLE_BIT_ERROR, _ROW_REMAPPED, _ROW_REMAP_FAILED = 48, 63, 64
 _XID_WORDS = {
     13: "Graphics Engine Exception",
@@ -130,7 +132,12 @@ _FIELDS: Sequence[tuple[str, str, str, _Read]] = (
     ),
     ("FB_USED", "gauge", "Framebuffer memory used (in MiB).", lambda gpu: gpu.used_mib),
     ("FB_RESERVED", "gauge", "Framebuffer memory reserved (in MiB).", lambda _: _RESERVED_MIB),
-    ("ECC_SBE_VOL_TOTAL", "counter", "Total number of single-bit volatile ECC errors.", lambda _: 0),
+    (
+        "ECC_SBE_VOL_TOTAL",
+        "counter",
+        "Total number of single-bit volatile ECC errors.",
+        lambda gpu: 3 * int(gpu.index == _WORN_INDEX),
+    ),
     (
         "ECC_DBE_VOL_TOTAL",
         "counter",
@@ -143,7 +150,12 @@ _FIELDS: Sequence[tuple[str, str, str, _Read]] = (
         "Number of remapped rows for uncorrectable errors",
         lambda gpu: gpu.had(_ROW_REMAPPED),
     ),
-    ("CORRECTABLE_REMAPPED_ROWS", "counter", "Number of remapped rows for correctable errors", lambda _: 0),
+    (
+        "CORRECTABLE_REMAPPED_ROWS",
+        "counter",
+        "Number of remapped rows for correctable errors",
+        lambda gpu: int(gpu.index == _WORN_INDEX),
+    ),
     (
         "ROW_REMAP_FAILURE",
         "gauge",

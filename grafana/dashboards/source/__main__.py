@@ -6,13 +6,18 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from grafana.dashboards.source import control_plane, fleet, gpu_nodes, model, replica, tenants
 from grafana.dashboards.source.board import Board
-from grafana.dashboards.source.control_plane import control_plane
-from grafana.dashboards.source.gpu_nodes import gpu_nodes
-from grafana.dashboards.source.tenants import tenants
 
 FOLDER = Path(__file__).parents[1]
-BOARDS: tuple[Callable[[], Board], ...] = (gpu_nodes, control_plane, tenants)
+BOARDS: tuple[Callable[[], Board], ...] = (
+    fleet.board,
+    model.board,
+    replica.board,
+    gpu_nodes.board,
+    control_plane.board,
+    tenants.board,
+)
 
 
 def files() -> dict[Path, str]:

@@ -43,11 +43,11 @@ _THIS_SET = to_board(CONTROL_PLANE, "Only this replica set", replica_set=label("
 _STATUS = {"firing": State("red"), "resolved": State("green")}
 
 
-def control_plane() -> Board:
+def board() -> Board:
     """From the webhook to the job id: each step's pace, its errors, and what waits."""
-    board = Board(
+    made = Board(
         uid=CONTROL_PLANE,
-        description="The control plane itself: alerts heard, decisions taken, slurmrestd, loops, lease and workers.",
+        description="Are alerts heard, is there a decision, does Slurm answer, and who runs the loops?",
         variables=[
             of_prometheus(
                 "replica_set",
@@ -58,14 +58,14 @@ def control_plane() -> Board:
         ],
         marks="replica_set IN (${replica_set:sqlstring})",
     )
-    _at_a_glance(board)
-    board.line(8, _alerts(), _slurm_latency(), _slurm_errors())
-    board.line(7, _decisions(), _pending(), _rounds())
-    board.line(8, _alert_rows(), _decision_rows())
-    _loops(board)
-    _processes(board)
-    _words(board)
-    return board
+    _at_a_glance(made)
+    made.line(8, _alerts(), _slurm_latency(), _slurm_errors())
+    made.line(7, _decisions(), _pending(), _rounds())
+    made.line(8, _alert_rows(), _decision_rows())
+    _loops(made)
+    _processes(made)
+    _words(made)
+    return made
 
 
 def _at_a_glance(board: Board) -> None:
@@ -198,7 +198,7 @@ def _alerts() -> Panel:
             "Alerts that arrived",
             "Alerts by source, and what became of them. Ignored ones are not ours, or have no action; malformed, "
             "unauthorized, overloaded, unavailable and failed deliveries were refused, and nothing was stored.",
-            unit="cpm",
+            unit="suffix: /min",
             empty="no alert has arrived since the control plane started: send a test from Grafana's contact point",
             lowest=0,
         ),
@@ -231,7 +231,7 @@ def _slurm_errors() -> Panel:
             "slurmrestd: calls that failed",
             "By operation and how. unreachable: it is away; ambiguous: the answer to a submit was lost, and a list "
             "will tell; rejected: Slurm said no; forbidden: the token; protocol_error: a version that is not known.",
-            unit="cpm",
+            unit="suffix: /min",
             empty="no call has failed: fine",
             limits=over(1),
             lowest=0,
@@ -250,7 +250,7 @@ def _decisions() -> Panel:
             "Decisions by reason",
             "Decisions that were recorded, a minute. SCALED_UP and SCALED_DOWN change the count; the others say why it "
             "was not changed though something pressed.",
-            unit="cpm",
+            unit="suffix: /min",
             empty="no decision since the control plane started: nothing pressed",
             lowest=0,
             links=(_THIS_SET,),
@@ -287,7 +287,7 @@ def _rounds() -> Panel:
             "Rounds that failed",
             "Rounds of a loop that ended with an error, a minute; the next one tries again. The log below says which "
             "error, once for as long as it stays the same.",
-            unit="cpm",
+            unit="suffix: /min",
             empty="no round has failed: fine",
             limits=over(1),
             lowest=0,
@@ -436,7 +436,7 @@ def _loops(board: Board) -> None:
             ),
             series(
                 "sum by (replica_set, reason)"
-                f" (increase(controlplane_start_failures_total{{{_SET}}}[$__interval])) > 0",
+                f" (increase(controlplane_start_failures_total{{{_SET}}}[$__rate_interval])) > 0",
                 "{{replica_set}}, {{reason}}",
             ),
         ),
@@ -448,15 +448,15 @@ def _loops(board: Board) -> None:
                 unit="s",
                 empty="it does not say, or Slurm cannot be used",
                 lowest=0,
-                limits=over(0),
+                limits=under(20, 5),
             ),
             series("min by (instance) (controlplane_slurm_token_expiry_seconds >= 0)", "{{instance}}"),
         ),
         curves(
             Answer(
                 "Alert to submit",
-                "From an alert's start to Slurm's answer to the submit that it caused, over an hour each: the half and "
-                "the slowest twentieth.",
+                "From an alert's start to Slurm's answer to the submit that it caused: the half, and the slowest "
+                "twentieth. Each point tells of as long a time before it as is shown.",
                 unit="s",
                 empty="no alert led to a submit in this time",
                 limits=over(30, 120),
@@ -465,7 +465,7 @@ def _loops(board: Board) -> None:
             *(
                 series(
                     f"histogram_quantile({share},"
-                    " sum by (le) (increase(controlplane_alert_to_submit_seconds_bucket[1h])) > 0)",
+                    " sum by (le) (increase(controlplane_alert_to_submit_seconds_bucket[$__range])) > 0)",
                     words,
                 )
                 for share, words in ((0.5, "half"), (0.95, "95 %"))
@@ -553,21 +553,25 @@ def _processes(board: Board) -> None:
         ),
         rows_of(
             Answer(
-                "Memory and uptime",
-                "Of each process that has told of itself. Memory that only grows over days is a fault: tell it.",
+                "Who is up",
+                "Every control plane and proxy that is scraped. One control plane leads; a process that is both "
+                "stands in it twice. A scrape that takes long tells of a busy process or database.",
                 unit="short",
-                empty=_NO_METRICS,
+                empty="no such target: is there a scrape job controlplane?",
             ),
             [
-                Column("job", "Job", width=110),
                 Column("instance", "Address"),
-                Column("Value #A", "Memory", unit="bytes", width=90, decimals=0),
-                Column("Value #B", "CPU", unit="percentunit", width=75, decimals=1),
-                Column("Value #C", "Up for", unit="dtdurations", width=120),
+                Column("Value #A", "Up", width=50, states={"1": State("green", "yes"), "0": State("red", "no")}),
+                Column("Value #B", "Leads", width=60, states={"1": State("green", "yes"), "0": State("text", "no")}),
+                Column("Value #C", "Workers", width=75),
+                Column("Value #D", "Clients", width=70),
+                Column("Value #E", "Scrape", unit="s", width=80, limits=over(1, 5)),
             ],
-            rows('max by (job, instance) (process_resident_memory_bytes{job=~"controlplane|proxy"})'),
-            rows('sum by (job, instance) (rate(process_cpu_seconds_total{job=~"controlplane|proxy"}[5m]))'),
-            rows('max by (job, instance) (time() - process_start_time_seconds{job=~"controlplane|proxy"})'),
+            rows('min by (instance) (up{job=~"controlplane|proxy"})'),
+            rows("max by (instance) (controlplane_lease_held)"),
+            rows("sum by (instance) (proxy_workers)"),
+            rows("sum by (instance) (proxy_open_connections)"),
+            rows('max by (instance) (scrape_duration_seconds{job=~"controlplane|proxy"})'),
         ),
     )
 

@@ -47,11 +47,11 @@ def _of_jobs(expr: str) -> str:
     )  # fmt: skip
 
 
-def gpu_nodes() -> Board:
+def board() -> Board:
     """GPUs by node and job, their health, and the nodes that new jobs are kept off."""
-    board = Board(
+    made = Board(
         uid=GPU_NODES,
-        description="GPUs by node and Slurm job: used, idle, hot or broken, and the nodes that jobs are kept off.",
+        description="Who holds which GPU, is it used, is it well, and which nodes are jobs kept off?",
         variables=[
             of_prometheus(
                 "node",
@@ -63,11 +63,11 @@ def gpu_nodes() -> Board:
         marks="",
         shows_last="3h",
     )
-    _at_a_glance(board)
-    board.line(9, _who_holds_what(), _kept_out())
-    _load(board)
-    _health(board)
-    return board
+    _at_a_glance(made)
+    made.line(9, _who_holds_what(), _kept_out())
+    _load(made)
+    _health(made)
+    return made
 
 
 def _at_a_glance(board: Board) -> None:
@@ -252,7 +252,7 @@ def _load(board: Board) -> None:
                 highest=1,
                 links=(_THIS_NODE,),
             ),
-            series(f"node:gpu_utilisation:ratio{{{_NODE}}}", "{{node}}"),
+            series(f"max by (node) (node:gpu_utilisation:ratio{{{_NODE}}})", "{{node}}"),
         ),
         curves(
             Answer(
@@ -292,7 +292,7 @@ def _load(board: Board) -> None:
                 lowest=0,
                 links=(_THIS_NODE,),
             ),
-            series(f"node:gpu_power_watts:sum{{{_NODE}}}", "{{node}}"),
+            series(f"max by (node) (node:gpu_power_watts:sum{{{_NODE}}})", "{{node}}"),
             is_stacked=True,
         ),
     )
@@ -372,14 +372,14 @@ def _health(board: Board) -> None:
                 "Energy by node",
                 "Energy that GPUs took within the shown time, held by a job or not. GPUs that two jobs share are "
                 "counted twice.",
-                unit="watth",
+                unit="kwatth",
                 empty=_NO_DCGM,
                 lowest=0,
                 limits=Limits(base="blue"),
             ),
             now(
                 f"sort_desc(sum by (node)"
-                f" (increase(DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION{{{_NODE}}}[$__range])) / 3.6e6)",
+                f" (increase(DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION{{{_NODE}}}[$__range])) / 3.6e9)",
                 "{{node}}",
             ),
         ),
@@ -390,7 +390,7 @@ def _health(board: Board) -> None:
             Answer(
                 "Energy by replica",
                 "Energy that the GPUs of each replica took within the shown time, the least and the load included.",
-                unit="watth",
+                unit="kwatth",
                 empty="no GPU was held by a replica that is discovered now",
                 lowest=0,
                 limits=Limits(base="blue"),
@@ -398,7 +398,7 @@ def _health(board: Board) -> None:
             now(
                 "sort_desc(sum by (replica) (sum by (slurm_job_id) (increase("
                 f'DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION{{{_NODE}, slurm_job_id!=""}}[$__range]))'
-                f" * on (slurm_job_id) group_left (replica) {_REPLICAS}) / 3.6e6)",
+                f" * on (slurm_job_id) group_left (replica) {_REPLICAS}) / 3.6e9)",
                 "{{replica}}",
             ),
             width=6,
@@ -440,7 +440,7 @@ controlplane get nodes
 controlplane why JOBID      # of a job in the table above
 ```
 
-Over HTTP: `POST /api/v1/nodes/NODE/drain` and `/undrain`, with an operator's token.
+Over HTTP: `POST /api/v1/nodes/$NODE/drain` and `POST /api/v1/nodes/$NODE/undrain`, with an operator's token.
 Slurm's own view: `scontrol show node NODE`, `sinfo -R`; the driver's: `dmesg | grep NVRM`, `nvidia-smi -q`.
 """,
             width=7,

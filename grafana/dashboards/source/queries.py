@@ -2,7 +2,7 @@
 of the board, so that no file knows a site's data sources.
 
 PromQL: rates over `[$__rate_interval]`, and every result aggregated `by` the labels that its legend or table shows.
-SQL: only views of the schema `grafana`, values of variables as `${name:sqlstring}`, times by `$__timeFilter(column)`,
+SQL: only views of the schema `grafana`, values of variables by `chosen`, times by `$__timeFilter(column)`,
 `$__timeFrom()` and `$__timeTo()`.
 """
 
@@ -93,6 +93,11 @@ def sql(text: str) -> Query:
 def sql_series(text: str) -> Query:
     """A column `time`, ascending, a column of text `metric`, and one of numbers."""
     return SqlQuery(raw_sql=dedent(text).strip(), format_val="time_series", datasource=POSTGRES)
+
+
+def chosen(column: str, variable: str) -> str:
+    """The condition in SQL that the column has a value that the variable has. Where nothing is chosen, none."""
+    return f"{column} = ANY(ARRAY[${{{variable}:sqlstring}}]::text[])"
 
 
 def lines(expr: str, *, most: int = 500) -> Query:

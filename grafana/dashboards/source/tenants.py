@@ -32,11 +32,11 @@ _MONTH = "date_trunc('month', now() AT TIME ZONE 'UTC')::date"
 _BUDGET = over(0.8, 0.95)
 
 
-def tenants() -> Board:
+def board() -> Board:
     """Requests, tokens, GPU-hours, limits and budgets, by tenant and by model."""
-    board = Board(
+    made = Board(
         uid=TENANTS,
-        description="Who uses what: requests, tokens, GPU-hours, limits that were hit, and budgets of the month.",
+        description="Who uses how much of what, how well is it answered, and who comes to a limit?",
         variables=[
             of_sql(
                 "tenant",
@@ -55,12 +55,12 @@ def tenants() -> Board:
         marks="",
         shows_last="6h",
     )
-    _at_a_glance(board)
-    board.line(8, _requests(), _tokens(), _limits_hit())
-    board.line(9, _month(), _top_models())
-    _quality(board)
-    _days(board)
-    return board
+    _at_a_glance(made)
+    made.line(8, _requests(), _tokens(), _limits_hit())
+    made.line(9, _month(), _top_models())
+    _quality(made)
+    _days(made)
+    return made
 
 
 def _at_a_glance(board: Board) -> None:
@@ -209,7 +209,7 @@ def _limits_hit() -> Panel:
             "Limits hit, by kind",
             "Requests a minute that a tenant's limit refused: requests or tokens of a minute, concurrent requests, or "
             "the month's budget.",
-            unit="rpm",
+            unit="suffix: /min",
             empty="no request was refused by a limit: fine",
             lowest=0,
             limits=over(1),
@@ -305,7 +305,7 @@ def _quality(board: Board) -> None:
                 "Not answered well, by tenant and status",
                 "Requests a minute that were answered with 400 or more. 401: a wrong key; 404: no such model; 429: a "
                 "limit; 499: the client left; 503: no replica in time; other 5xx: see the board Fleet.",
-                unit="rpm",
+                unit="suffix: /min",
                 empty="every request was answered well: fine",
                 lowest=0,
                 limits=over(1),
