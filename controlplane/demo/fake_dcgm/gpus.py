@@ -26,7 +26,7 @@ _IDLE_CELSIUS, _BUSY_CELSIUS = 32.0, 76.0
 _MEMORY_IS_WARMER_CELSIUS = 9.0
 _THERMAL_SECONDS = 30.0  # how fast a temperature follows
 _IDLE_SM_MHZ, _BUSY_SM_MHZ, _MEMORY_MHZ = 345, 1980, 2619
-_THROTTLES_ABOVE_WATTS = 660.0
+_THROTTLES_ABOVE_WATTS, _THROTTLED_SHARE = 660.0, 0.02
 
 _WORN_INDEX = 5  # it has had errors that were corrected, as some GPU of any fleet has
 
@@ -56,7 +56,7 @@ class Gpu:
     is_held: bool = False
     celsius: float = _IDLE_CELSIUS
     millijoules: float = 0.0
-    throttled_microseconds: float = 0.0
+    throttled_nanoseconds: float = 0.0
     xids: list[tuple[float, int]] = field(default_factory=list)
 
     @property
@@ -75,7 +75,7 @@ class Gpu:
         self.busy, self.is_held, self.read_at = busy, is_held, now
         self.millijoules += seconds * (watts + self.watts) / 2 * 1000
         if watts > _THROTTLES_ABOVE_WATTS:
-            self.throttled_microseconds += seconds * 1e6 * 0.02
+            self.throttled_nanoseconds += seconds * 1e9 * _THROTTLED_SHARE
         target = _IDLE_CELSIUS + (_BUSY_CELSIUS - _IDLE_CELSIUS) * busy
         self.celsius += (target - self.celsius) * (1 - math.exp(-seconds / _THERMAL_SECONDS))
 
@@ -120,10 +120,10 @@ _FIELDS: Sequence[tuple[str, str, str, _Read]] = (
     (
         "POWER_VIOLATION",
         "counter",
-        "Throttling duration due to power constraints (in us).",
-        lambda gpu: round(gpu.throttled_microseconds),
+        "Throttling duration due to power constraints (in ns).",
+        lambda gpu: round(gpu.throttled_nanoseconds),
     ),
-    ("THERMAL_VIOLATION", "counter", "Throttling duration due to thermal constraints (in us).", lambda _: 0),
+    ("THERMAL_VIOLATION", "counter", "Throttling duration due to thermal constraints (in ns).", lambda _: 0),
     (
         "FB_FREE",
         "gauge",

@@ -358,12 +358,13 @@ def _health(board: Board) -> None:
                 lowest=0,
                 links=(_THIS_NODE,),
             ),
+            # nanoseconds, although dcgm-exporter long said that they were microseconds
             series(
-                f"max by (node) (rate(DCGM_FI_DEV_THERMAL_VIOLATION{{{_NODE}}}[$__rate_interval])) / 1e6",
+                f"max by (node) (rate(DCGM_FI_DEV_THERMAL_VIOLATION{{{_NODE}}}[$__rate_interval])) / 1e9",
                 "{{node}}, heat",
             ),
             series(
-                f"max by (node) (rate(DCGM_FI_DEV_POWER_VIOLATION{{{_NODE}}}[$__rate_interval])) / 1e6",
+                f"max by (node) (rate(DCGM_FI_DEV_POWER_VIOLATION{{{_NODE}}}[$__rate_interval])) / 1e9",
                 "{{node}}, power",
             ),
         ),
