@@ -390,7 +390,23 @@ def _days(board: Board) -> None:
                  ORDER BY day
             """),
             steps=True,
-            width=8,
+        ),
+        curves(
+            Answer(
+                "Budgets used",
+                "The share of its month's token budget that each tenant has used, of those that have one. A line that "
+                "will be at 1 before the month ends: raise the budget, or tell the tenant in time.",
+                unit="percentunit",
+                empty="no tenant has a budget",
+                lowest=0,
+                limits=_BUDGET,
+                links=(_THIS_TENANT,),
+            ),
+            series(
+                f'max by (tenant) (controlplane_tenant_tokens{{{_TENANT}, kind="used"}})'
+                f' / (max by (tenant) (controlplane_tenant_tokens{{{_TENANT}, kind="budget"}}) > 0)',
+                "{{tenant}}",
+            ),
         ),
         rows_of(
             Answer(
@@ -411,7 +427,6 @@ def _days(board: Board) -> None:
                  ORDER BY month DESC, tokens DESC
                  LIMIT 200
             """),
-            width=8,
         ),
         prose(
             "What to do about a tenant",
@@ -435,6 +450,5 @@ controlplane tenants set TENANT --requests-per-minute 600 --weight 2
 Keys: `controlplane keys list`, `controlplane keys create --tenant TENANT`. A new key is shown there once, and nowhere
 again.
 """,
-            width=8,
         ),
     )
