@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -291,3 +292,84 @@ def test_provisioning_files_have_only_keys_that_grafana_reads() -> None:
         }
         assert one["type"] in SOURCES.values()
         assert all(str(value).startswith("$") for value in one.get("secureJsonData", {}).values())
+
+
+NAMES = {
+    "model": "m",
+    "replica_set": "s",
+    "replica": "cp-s-1",
+    "node": "n1",
+    "slurm_job_id": "7",
+    "gpu": "0",
+    "UUID": "GPU-1",
+    "tenant": "t",
+}
+"""What variables of the boards, and labels of the series, are."""
+SEVERAL = {"le": ("0.1", "1", "10", "+Inf"), "code": ("200", "404", "429", "503"), "job": ("vllm",)}
+RIGHTLY_EMPTY = frozenset[str]()
+"""Queries that find nothing even where every metric is exposed, and why that is right."""
+
+
+def _without_variables(expression: str) -> str:
+    plain = re.sub(r"\$__(rate_interval|range|interval)", "5m", expression)
+    return re.sub(r"\$\{?(\w+)(:\w+)?\}?", lambda found: NAMES.get(found[1], "x"), plain)
+
+
+def _exposed() -> dict[str, str]:
+    """A series of every metric for every value of its labels that some query selects by; all grow."""
+    wanted: dict[tuple[str, str], set[str]] = {}
+    for one in promql():
+        for name, matchers in re.findall(r"([a-zA-Z_:][\w:]*)\{([^}]*)\}", _without_variables(one.text)):
+            for label, value in re.findall(r'(\w+)=~?"([\w|]+)"', matchers):
+                wanted.setdefault((name, label), set()).update(filter(None, value.split("|")))
+    found = {}
+    for name, labels in known_metrics().items():
+        choices = [
+            [
+                (label, value)
+                for value in {*wanted.get((name, label), ()), *SEVERAL.get(label, (NAMES.get(label, "x"),))}
+            ]
+            for label in sorted(labels)
+        ]
+        for chosen in itertools.product(*choices):
+            text = ",".join(f'{label}="{value}"' for label, value in chosen)
+            slope = 1 + (SEVERAL["le"].index(dict(chosen)["le"]) if "le" in dict(chosen) else 0)
+            found[f"{name}{{{text}}}"] = f"{slope}+{slope}x60"
+    return found
+
+
+def test_every_expression_finds_something_where_everything_is_exposed(tmp_path: Path) -> None:
+    # labels that do not meet, in a join or a selector, show here: a panel would stay empty for ever
+    expressions = {one.place: _without_variables(one.text) for one in promql()}
+    checks = [
+        {"expr": f"count({text}) > bool 0", "eval_time": "15m", "exp_samples": [{"labels": "{}", "value": 1}]}
+        for place, text in expressions.items()
+        if place not in RIGHTLY_EMPTY
+    ]
+    series = [{"series": name, "values": values} for name, values in _exposed().items()]
+    path = tmp_path / "tests.yml"
+    path.write_text(
+        yaml.safe_dump({"tests": [{"interval": "15s", "input_series": series, "promql_expr_test": checks}]})
+    )
+    run = subprocess.run([program("promtool"), "test", "rules", path], capture_output=True, text=True, check=False)
+    empty = [place for place, text in expressions.items() if f'"count({text}) ' in run.stdout + run.stderr]
+    assert run.returncode == 0, f"{empty}\n{run.stdout}{run.stderr}"
+
+
+def test_failed_requests_are_none_and_not_unknown_while_none_fail(tmp_path: Path) -> None:
+    asked_for = {one.place: _without_variables(one.text) for one in promql()}
+    checks = [
+        {
+            "expr": f"sum({asked_for[place]})",
+            "eval_time": "10m",
+            "exp_samples": [{"labels": "{}", "value": 0}],
+        }
+        for place in (f"{FLEET}: Failed requests A", f"{FLEET}: Models I")
+    ]
+    series = [{"series": 'proxy_requests_total{model="m",tenant="t",code="200"}', "values": "0+1x60"}]
+    path = tmp_path / "tests.yml"
+    path.write_text(
+        yaml.safe_dump({"tests": [{"interval": "15s", "input_series": series, "promql_expr_test": checks}]})
+    )
+    run = subprocess.run([program("promtool"), "test", "rules", path], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
