@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import subprocess
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -25,19 +25,23 @@ from grafana.dashboards.source.queries import now
 from tests.unit.boards import (
     DOCUMENTS,
     FOLDER,
+    RECORDED,
     ROOT,
     SOURCES,
     UNITS,
     asked,
     commands,
     every_panel,
+    exposed,
     known_metrics,
     metrics_of,
     panels,
     promql,
+    without_variables,
 )
 
 SOURCE_OF_TYPE = {kind: "${" + name + "}" for name, kind in SOURCES.items()}
+RULES = ROOT / "prometheus" / "rules.yaml"
 SEEN_WITHOUT_SCROLLING = 26  # rows of the grid at 1920 x 1080
 
 
@@ -294,82 +298,56 @@ def test_provisioning_files_have_only_keys_that_grafana_reads() -> None:
         assert all(str(value).startswith("$") for value in one.get("secureJsonData", {}).values())
 
 
-NAMES = {
-    "model": "m",
-    "replica_set": "s",
-    "replica": "cp-s-1",
-    "node": "n1",
-    "slurm_job_id": "7",
-    "gpu": "0",
-    "UUID": "GPU-1",
-    "tenant": "t",
-}
-"""What variables of the boards, and labels of the series, are."""
-SEVERAL = {"le": ("0.1", "1", "10", "+Inf"), "code": ("200", "404", "429", "503"), "job": ("vllm",)}
-RIGHTLY_EMPTY = frozenset[str]()
-"""Queries that find nothing even where every metric is exposed, and why that is right."""
-
-
-def _without_variables(expression: str) -> str:
-    plain = re.sub(r"\$__(rate_interval|range|interval)", "5m", expression)
-    return re.sub(r"\$\{?(\w+)(:\w+)?\}?", lambda found: NAMES.get(found[1], "x"), plain)
-
-
-def _exposed() -> dict[str, str]:
-    """A series of every metric for every value of its labels that some query selects by; all grow."""
-    wanted: dict[tuple[str, str], set[str]] = {}
-    for one in promql():
-        for name, matchers in re.findall(r"([a-zA-Z_:][\w:]*)\{([^}]*)\}", _without_variables(one.text)):
-            for label, value in re.findall(r'(\w+)=~?"([\w|]+)"', matchers):
-                wanted.setdefault((name, label), set()).update(filter(None, value.split("|")))
-    found = {}
-    for name, labels in known_metrics().items():
-        choices = [
-            [
-                (label, value)
-                for value in {*wanted.get((name, label), ()), *SEVERAL.get(label, (NAMES.get(label, "x"),))}
-            ]
-            for label in sorted(labels)
-        ]
-        for chosen in itertools.product(*choices):
-            text = ",".join(f'{label}="{value}"' for label, value in chosen)
-            slope = 1 + (SEVERAL["le"].index(dict(chosen)["le"]) if "le" in dict(chosen) else 0)
-            found[f"{name}{{{text}}}"] = f"{slope}+{slope}x60"
-    return found
+def check_samples(directory: Path, series: Mapping[str, str], values: Mapping[str, float]) -> None:
+    """Feed series, a sample every 15 s, and expect of each expression one sample without labels after 15 minutes."""
+    checks = [
+        {"expr": expression, "eval_time": "15m", "exp_samples": [{"labels": "{}", "value": value}]}
+        for expression, value in values.items()
+    ]
+    given = [{"series": name, "values": samples} for name, samples in series.items()]
+    path = directory / "tests.yml"
+    path.write_text(yaml.safe_dump({"tests": [{"interval": "15s", "input_series": given, "promql_expr_test": checks}]}))
+    run = subprocess.run([program("promtool"), "test", "rules", path], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 def test_every_expression_finds_something_where_everything_is_exposed(tmp_path: Path) -> None:
-    # labels that do not meet, in a join or a selector, show here: a panel would stay empty for ever
-    expressions = {one.place: _without_variables(one.text) for one in promql()}
-    checks = [
-        {"expr": f"count({text}) > bool 0", "eval_time": "15m", "exp_samples": [{"labels": "{}", "value": 1}]}
-        for place, text in expressions.items()
-        if place not in RIGHTLY_EMPTY
-    ]
-    series = [{"series": name, "values": values} for name, values in _exposed().items()]
-    path = tmp_path / "tests.yml"
-    path.write_text(
-        yaml.safe_dump({"tests": [{"interval": "15s", "input_series": series, "promql_expr_test": checks}]})
-    )
-    run = subprocess.run([program("promtool"), "test", "rules", path], capture_output=True, text=True, check=False)
-    empty = [place for place, text in expressions.items() if f'"count({text}) ' in run.stdout + run.stderr]
-    assert run.returncode == 0, f"{empty}\n{run.stdout}{run.stderr}"
+    # labels that do not meet, in a join or a selector, show here: such a panel would be empty for ever
+    check_samples(tmp_path, exposed(), {f"count({without_variables(one.text)}) > bool 0": 1 for one in promql()})
 
 
 def test_failed_requests_are_none_and_not_unknown_while_none_fail(tmp_path: Path) -> None:
-    asked_for = {one.place: _without_variables(one.text) for one in promql()}
-    checks = [
-        {
-            "expr": f"sum({asked_for[place]})",
-            "eval_time": "10m",
-            "exp_samples": [{"labels": "{}", "value": 0}],
+    expressions = {one.place: without_variables(one.text) for one in promql()}
+    none_fails = {'proxy_requests_total{model="m",tenant="t",code="200"}': "0+1x60"}
+    places = (f"{FLEET}: Failed requests A", f"{FLEET}: Models I")
+    check_samples(tmp_path, none_fails, {f"sum({expressions[place]})": 0 for place in places})
+
+
+def test_two_control_planes_that_tell_the_same_do_not_count_twice(tmp_path: Path) -> None:
+    expressions = {one.place: without_variables(one.text) for one in promql()}
+    both: dict[str, str] = {}
+    for instance in ("a:9100", "b:9100"):
+        both |= {
+            f'controlplane_replicas_desired{{instance="{instance}",replica_set="s",model="m"}}': "3x60",
+            f'controlplane_replicas_routable{{instance="{instance}",replica_set="s",model="m"}}': "1x60",
+            f'controlplane_gpus_held{{instance="{instance}",replica_set="s",model="m"}}': "4x60",
+            f'controlplane_replicas{{instance="{instance}",replica_set="s",phase="RUNNING"}}': "2x60",
         }
-        for place in (f"{FLEET}: Failed requests A", f"{FLEET}: Models I")
-    ]
-    series = [{"series": 'proxy_requests_total{model="m",tenant="t",code="200"}', "values": "0+1x60"}]
-    path = tmp_path / "tests.yml"
-    path.write_text(
-        yaml.safe_dump({"tests": [{"interval": "15s", "input_series": series, "promql_expr_test": checks}]})
+    expected = {"Replicas missing A": 2, "GPUs held A": 4, "Desired and routable A": 3, "Replicas by phase A": 2}
+    check_samples(
+        tmp_path, both, {f"sum({expressions[f'{FLEET}: {place}']})": value for place, value in expected.items()}
     )
-    run = subprocess.run([program("promtool"), "test", "rules", path], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.skipif(not RULES.is_file(), reason="no recording rules are shipped")
+def test_recorded_series_are_those_of_the_rules() -> None:
+    recorded = {
+        rule["record"]: rule["expr"]
+        for group in yaml.safe_load(RULES.read_text())["groups"]
+        for rule in group["rules"]
+        if "record" in rule
+    }
+    assert RECORDED.keys() <= recorded.keys()
+    for name, labels in RECORDED.items():
+        named = {label for part in re.findall(r"\bby \(([^)]*)\)", recorded[name]) for label in part.split(", ")}
+        assert labels - {"xid"} <= named, name
