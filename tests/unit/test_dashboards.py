@@ -207,6 +207,9 @@ def test_sql_reads_only_what_dashboards_may_read_and_only_as_much_as_is_shown() 
             assert read, one.place
             assert all(name.startswith("grafana.") for name in read), f"{one.place}: {read}"
             assert not re.search(r"\$(?!__|\{\w+:sqlstring\})", one.text), f"{one.place}: a value that is not quoted"
+            assert not re.search(r"\bIN\s*\(\s*\$", one.text), (
+                f"{one.place}: an error where nothing is chosen; see `chosen`"
+            )
             assert not re.search(r"\b(INSERT|UPDATE|DELETE|CREATE|DROP|ALTER|GRANT|SET)\b", one.text), one.place
 
 
