@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -182,3 +183,43 @@ def commands() -> Iterator[tuple[str, str]]:
         )
         for line in re.findall(r"(?:^|'|`)(controlplane [a-z][^\n`]*)", text, re.MULTILINE):
             yield place, line
+
+
+NAMES = {
+    "model": "m",
+    "replica_set": "s",
+    "replica": "cp-s-1",
+    "node": "n1",
+    "slurm_job_id": "7",
+    "gpu": "0",
+    "UUID": "GPU-1",
+    "tenant": "t",
+}
+"""What variables of the boards are, and labels of `exposed`."""
+_SEVERAL = {"le": ("0.1", "1", "10", "+Inf"), "code": ("200", "404", "429", "503"), "job": ("vllm",)}
+
+
+def without_variables(expression: str) -> str:
+    """The expression as Prometheus would get it."""
+    plain = re.sub(r"\$__(rate_interval|range|interval)", "5m", expression)
+    return re.sub(r"\$\{?(\w+)(:\w+)?\}?", lambda found: NAMES.get(found[1], "x"), plain)
+
+
+def exposed() -> dict[str, str]:
+    """Every metric in promtool's notation, with each value of its labels that some query selects by; all grow."""
+    wanted: dict[tuple[str, str], set[str]] = {}
+    for one in promql():
+        for name, matchers in re.findall(r"([a-zA-Z_:][\w:]*)\{([^}]*)\}", without_variables(one.text)):
+            for label, value in re.findall(r'(\w+)=~?"([\w|]+)"', matchers):
+                wanted.setdefault((name, label), set()).update(filter(None, value.split("|")))
+    found = {}
+    for name, labels in known_metrics().items():
+        choices = []
+        for label in sorted(labels):
+            values = wanted.get((name, label), set()) | set(_SEVERAL.get(label, (NAMES.get(label, "x"),)))
+            choices.append([(label, value) for value in sorted(values)])
+        for chosen in itertools.product(*choices):
+            text = ",".join(f'{label}="{value}"' for label, value in chosen)
+            slope = 1 + _SEVERAL["le"].index(dict(chosen).get("le", "0.1"))
+            found[f"{name}{{{text}}}"] = f"{slope}+{slope}x60"
+    return found

@@ -152,7 +152,8 @@ class Column:
             values["mappings"] = _mappings(self.states)
             values["custom.cellOptions"] = {"type": "color-text"}
         if self.wraps:
-            values["custom.cellOptions"] = {"type": "auto", "wrapText": True}
+            # 12.0 and 12.1 read the one, later releases the other; an unknown property is skipped
+            values |= {"custom.cellOptions": {"type": "auto", "wrapText": True}, "custom.wrapText": True}
         if self.is_bar:
             values |= {"min": 0, "max": 1, "custom.cellOptions": {"type": "gauge", "mode": "basic"}}
         if self.links:
@@ -277,7 +278,9 @@ def rows_of(
         order = {column.name: place for place, column in enumerate(columns)}
         organize = {"excludeByName": {"Time": True}, "indexByName": order, "renameByName": {}}
         shown.append(DataTransformerConfig("organize", options=organize))
-    hidden = [override(column.name, {"custom.hidden": True}) for column in columns if column.is_hidden]
+    # as for wrapping: the old property and the new one
+    hiding = {"custom.hidden": True, "custom.hideFrom": {"viz": True, "legend": False, "tooltip": False}}
+    hidden = [override(column.name, hiding) for column in columns if column.is_hidden]
     cells = Override(matcher=MatcherConfig("byRegexp", ".*"), properties=[DynamicConfigValue("noValue", NOTHING)])
     columns_shown = [column.override() for column in columns if not column.is_hidden]
     titles = {column.name: column.title or column.name for column in columns}
