@@ -34,9 +34,10 @@ from grafana.dashboards.source.panels import (
     single,
     under,
 )
-from grafana.dashboards.source.queries import lines, now, rows, series, sql
+from grafana.dashboards.source.queries import chosen, lines, now, rows, series, sql
 
 _SET = 'replica_set=~"$replica_set"'
+_CHOSEN = chosen("replica_set", "replica_set")
 _RATE = "[$__rate_interval]"
 _NO_METRICS = "no metrics: does Prometheus scrape the control plane?"
 _THIS_SET = to_board(CONTROL_PLANE, "Only this replica set", replica_set=label("replica_set"))
@@ -56,7 +57,7 @@ def board() -> Board:
                 description="For decisions, waiting jobs and back-off.",
             )
         ],
-        marks="replica_set IN (${replica_set:sqlstring})",
+        marks=_CHOSEN,
     )
     _at_a_glance(made)
     made.line(8, _alerts(), _slurm_latency(), _slurm_errors())
@@ -340,10 +341,10 @@ def _decision_rows() -> Panel:
             Column("sentence", "Decision", wraps=True),
             Column("actor", "By", width=110),
         ],
-        sql("""
+        sql(f"""
             SELECT decided_at, kind, sentence, actor
               FROM grafana.decisions
-             WHERE $__timeFilter(decided_at) AND replica_set IN (${replica_set:sqlstring})
+             WHERE $__timeFilter(decided_at) AND {_CHOSEN}
              ORDER BY decided_at DESC
              LIMIT 100
         """),

@@ -19,7 +19,7 @@ from grafana.dashboards.source.panels import (
     rows_of,
     single,
 )
-from grafana.dashboards.source.queries import now, rows, series, sql, sql_series
+from grafana.dashboards.source.queries import chosen, now, rows, series, sql, sql_series
 
 _TENANT = 'tenant=~"$tenant"'
 _ASKED = 'tenant=~"$tenant", model=~"$model"'
@@ -28,6 +28,7 @@ _RANGE = "[$__range]"
 _NO_METRICS = "no requests since the proxies started, or Prometheus does not scrape them"
 _THIS_TENANT = to_board(TENANTS, "Only this tenant", tenant=label("tenant"))
 _THIS_MODEL = to_board(MODEL, "The model", model=label("model"))
+_CHOSEN = chosen("tenant", "tenant")
 _MONTH = "date_trunc('month', now() AT TIME ZONE 'UTC')::date"
 _BUDGET = over(0.8, 0.95)
 
@@ -143,7 +144,7 @@ def _at_a_glance(board: Board) -> None:
             sql(f"""
                 SELECT sum(gpu_seconds) / 3600 AS gpu_hours
                   FROM grafana.usage
-                 WHERE day >= {_MONTH} AND tenant IN (${{tenant:sqlstring}})
+                 WHERE day >= {_MONTH} AND {_CHOSEN}
             """),
         ),
         single(
@@ -156,7 +157,7 @@ def _at_a_glance(board: Board) -> None:
                 limits=_BUDGET,
                 decimals=0,
             ),
-            sql("SELECT max(budget_used) AS used FROM grafana.tenants WHERE tenant IN (${tenant:sqlstring})"),
+            sql(f"SELECT max(budget_used) AS used FROM grafana.tenants WHERE {_CHOSEN}"),
         ),
         single(
             Answer(
@@ -261,7 +262,7 @@ def _month() -> Panel:
                      FROM grafana.usage
                     WHERE day >= {_MONTH}
                     GROUP BY tenant) u ON u.tenant = t.tenant
-             WHERE t.tenant IN (${{tenant:sqlstring}})
+             WHERE {chosen("t.tenant", "tenant")}
              ORDER BY u.completion_tokens DESC NULLS LAST
              LIMIT 200
         """),
@@ -288,7 +289,7 @@ def _top_models() -> Panel:
             SELECT model, sum(requests) AS requests, sum(prompt_tokens + completion_tokens) AS tokens,
                    sum(gpu_seconds) / 3600 AS gpu_hours, count(DISTINCT tenant) AS tenants
               FROM grafana.usage
-             WHERE day >= {_MONTH} AND tenant IN (${{tenant:sqlstring}})
+             WHERE day >= {_MONTH} AND {_CHOSEN}
              GROUP BY model
              ORDER BY tokens DESC
              LIMIT 50
@@ -385,7 +386,7 @@ def _days(board: Board) -> None:
                 SELECT day::timestamp AT TIME ZONE 'UTC' AS time, tenant AS metric,
                        sum(prompt_tokens + completion_tokens)::double precision AS tokens
                   FROM grafana.usage
-                 WHERE day >= {_MONTH} AND tenant IN (${{tenant:sqlstring}})
+                 WHERE day >= {_MONTH} AND {_CHOSEN}
                  GROUP BY day, tenant
                  ORDER BY day
             """),
@@ -420,10 +421,10 @@ def _days(board: Board) -> None:
                 Column("tenant", "Tenant"),
                 Column("tokens", "Tokens", width=100, limits=Limits(base="text")),
             ],
-            sql("""
+            sql(f"""
                 SELECT to_char(month, 'YYYY-MM') AS month, tenant, tokens
                   FROM grafana.tenant_months
-                 WHERE tenant IN (${tenant:sqlstring})
+                 WHERE {_CHOSEN}
                  ORDER BY month DESC, tokens DESC
                  LIMIT 200
             """),
