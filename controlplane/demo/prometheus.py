@@ -20,14 +20,17 @@ import yaml
 
 from controlplane.demo.children import Server, free_ports, is_listening, program
 
-_READY_SECONDS = 30.0
-# dcgm-exporter is about to rename the label; rules and dashboards know the new name, and Slurm's words
-_DCGM_RELABELLING = [
+DCGM_RELABELLING: Sequence[Mapping[str, Any]] = (
+    # dcgm-exporter is about to rename the label; rules and dashboards know neither name
     {"source_labels": ["Hostname"], "regex": "(.+)", "target_label": "hostname"},
-    {"action": "labeldrop", "regex": "Hostname"},
-    {"source_labels": ["hostname"], "regex": "(.+)", "target_label": "node"},
+    {"regex": "Hostname", "action": "labeldrop"},
+    {"source_labels": ["hostname"], "regex": r"([^.]+)(\..*)?", "replacement": "$1", "target_label": "node"},
     {"source_labels": ["hpc_job"], "regex": "(.+)", "target_label": "slurm_job_id"},
-]
+    {"regex": "hpc_job", "action": "labeldrop"},
+)
+"""As in prometheus/prometheus.yaml, for sites."""
+
+_READY_SECONDS = 30.0
 
 
 class QueryFailed(RuntimeError):
@@ -41,7 +44,7 @@ class PrometheusOptions:
     sd_url: str | None = None
     sd_refresh_seconds: int = 1
     dcgm_path: str | None = "/dcgm/metrics"
-    dcgm_targets: Sequence[str] = ()  # `host:port`s of exporters, which are asked instead of the replicas
+    dcgm_targets: Sequence[str] = ()  # `host:port`s of exporters, to be asked instead of the replicas
     static_targets: Mapping[str, Sequence[str]] = field(default_factory=dict)
     scrape_interval_seconds: int = 1
     evaluation_interval_seconds: int = 1
@@ -188,11 +191,21 @@ def _prometheus_config(options: PrometheusOptions) -> dict[str, Any]:
         discovery = {"url": options.sd_url, "refresh_interval": f"{options.sd_refresh_seconds}s"}
         jobs.append({"job_name": "vllm", "http_sd_configs": [discovery]})
         if options.dcgm_path is not None and not options.dcgm_targets:
-            at_replicas = {"metrics_path": options.dcgm_path, "http_sd_configs": [discovery]}
-            jobs.append({"job_name": "dcgm", **at_replicas, "metric_relabel_configs": _DCGM_RELABELLING})
+            jobs.append(
+                {
+                    "job_name": "dcgm",
+                    "metrics_path": options.dcgm_path,
+                    "http_sd_configs": [discovery],
+                    # a real exporter knows of no replica
+                    "relabel_configs": [
+                        {"action": "labeldrop", "regex": "model|replica_set|replica|node|slurm_job_id"},
+                    ],
+                    "metric_relabel_configs": list(DCGM_RELABELLING),
+                }
+            )
     if options.dcgm_targets:
         exporters = [{"targets": list(options.dcgm_targets)}]
-        jobs.append({"job_name": "dcgm", "static_configs": exporters, "metric_relabel_configs": _DCGM_RELABELLING})
+        jobs.append({"job_name": "dcgm", "static_configs": exporters, "metric_relabel_configs": list(DCGM_RELABELLING)})
     config: dict[str, Any] = {
         "global": {
             "scrape_interval": f"{options.scrape_interval_seconds}s",

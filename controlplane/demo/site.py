@@ -23,8 +23,9 @@ from controlplane.clock import utc_now
 from controlplane.core.types import Move, Phase, Reason, ReplicaSetSpec
 from controlplane.db import Database, DatabaseOptions, keys, migrate, replica_sets, replicas
 from controlplane.demo.alert_rules import Pace, convert
-from controlplane.demo.children import Server, free_ports, is_listening
+from controlplane.demo.children import Server, free_ports
 from controlplane.demo.fake_dcgm import jobs as gpu_jobs
+from controlplane.demo.gpu_exporters import GpuExporterOptions, GpuExporters
 from controlplane.demo.postgres import PrivatePostgres
 from controlplane.demo.prometheus import Alertmanager, AlertmanagerOptions, Prometheus, PrometheusOptions
 from controlplane.demo.slurm_cluster import SlurmCluster
@@ -58,7 +59,6 @@ class Site(Server):
         self.api_key = ""
         self.operator_token = secrets.token_urlsafe(24)
         self._gpu_jobs = self.directory / "gpu-jobs"
-        self._gpu_exporters: dict[str, int] = {}
         self.slurm = SlurmCluster(
             self.directory / "slurm",
             nodes=options.nodes,
@@ -66,6 +66,7 @@ class Site(Server):
             extra_conf=["KillWait=5", *gpu_jobs.slurm_conf(self._gpu_jobs)],
         )
         self._webhook_token = secrets.token_urlsafe(24)
+        self.gpu_exporters: GpuExporters
         self.alertmanager: Alertmanager
         self.prometheus: Prometheus
 
@@ -78,10 +79,6 @@ class Site(Server):
     def proxy_url(self) -> str:
         """The proxy's root: public, for clients."""
         return f"http://127.0.0.1:{self._proxy_port}"
-
-    def gpu_exporter_url(self, node: str) -> str:
-        """The root of a node's GPU exporter; `POST /fault` there pretends an XID."""
-        return f"http://127.0.0.1:{self._gpu_exporters[node]}"
 
     def stop(self) -> None:
         """End everything, replicas included."""
@@ -134,12 +131,15 @@ class Site(Server):
         gpu_jobs.write_scripts(self._gpu_jobs)
         self._parts.enter_context(self.slurm)
         self._web_port, self._proxy_port = free_ports(2)
+        exporters = GpuExporterOptions(
+            self.slurm.node_names, self._options.gpus_per_node, self._gpu_jobs, f"{self.web_url}/sd/prometheus"
+        )
+        self.gpu_exporters = self._parts.enter_context(GpuExporters(self.directory / "gpu-exporters", exporters))
         webhook = AlertmanagerOptions(f"{self.web_url}/webhooks/alertmanager", self._webhook_token)
         self.alertmanager = Alertmanager(self.directory / "alertmanager", webhook)
         self._parts.enter_context(self.alertmanager)
         rules = self.directory / "rules.yml"
         rules.write_text(convert(_alert_rules(), Pace(self._options.time_scale)))
-        self._start_gpu_exporters()
         self.prometheus = Prometheus(
             self.directory / "prometheus",
             PrometheusOptions(
@@ -148,28 +148,13 @@ class Site(Server):
                     "controlplane": [f"127.0.0.1:{self._web_port}"],
                     "proxy": [f"127.0.0.1:{self._proxy_port}"],
                 },
-                dcgm_targets=[f"127.0.0.1:{port}" for port in self._gpu_exporters.values()],
                 rule_files=[rules],
                 alertmanager=self.alertmanager.address,
+                dcgm_targets=self.gpu_exporters.addresses,
             ),
         )
         self._parts.enter_context(self.prometheus)
         self.start_control_plane()
-
-    def _start_gpu_exporters(self) -> None:
-        nodes = self.slurm.node_names
-        self._gpu_exporters = dict(zip(nodes, free_ports(len(nodes)), strict=True))
-        command = [sys.executable, "-m", "controlplane.demo.fake_dcgm", "--gpus", str(self._options.gpus_per_node)]
-        command += ["--jobs", str(self._gpu_jobs), "--replicas", f"{self.web_url}/sd/prometheus"]
-        for node, port in self._gpu_exporters.items():
-            command += ["--node", f"{node}={port}"]
-        self.children.start("gpu-exporters", command)
-        self.children.wait_until(
-            lambda: all(is_listening(port) for port in self._gpu_exporters.values()),
-            "the GPU exporters listen",
-            needs=["gpu-exporters"],
-            timeout_seconds=_READY_SECONDS,
-        )
 
     def _private_database(self) -> str:
         server = self._parts.enter_context(PrivatePostgres(self.directory / "postgres"))
