@@ -1,7 +1,7 @@
 """A real Prometheus and a real Alertmanager on 127.0.0.1, quick enough to watch: seconds where a site has minutes.
 
 Prometheus finds the replicas over the control plane's service discovery, scrapes vLLM's metrics, and GPU metrics (job
-`dcgm`) of exporters or, where none are given, at the same targets, and evaluates rule files; Alertmanager posts alerts
+`dcgm`) of exporters or at the same targets, and evaluates rule files; Alertmanager posts alerts
 to the webhook. Both are started anew, without old data. Configurations are made here and nowhere else.
 
 Failure behaviour: see `children`; a query that Prometheus refuses or cannot be asked raises `QueryFailed`.
@@ -44,7 +44,7 @@ class PrometheusOptions:
     sd_url: str | None = None
     sd_refresh_seconds: int = 1
     dcgm_path: str | None = "/dcgm/metrics"
-    dcgm_targets: Sequence[str] = ()  # `host:port`s of exporters, to be asked instead of the replicas
+    dcgm_targets: Sequence[str] = ()  # `host:port`s of GPU exporters; where there are some, `dcgm_path` is None
     static_targets: Mapping[str, Sequence[str]] = field(default_factory=dict)
     scrape_interval_seconds: int = 1
     evaluation_interval_seconds: int = 1
@@ -190,7 +190,7 @@ def _prometheus_config(options: PrometheusOptions) -> dict[str, Any]:
     if options.sd_url is not None:
         discovery = {"url": options.sd_url, "refresh_interval": f"{options.sd_refresh_seconds}s"}
         jobs.append({"job_name": "vllm", "http_sd_configs": [discovery]})
-        if options.dcgm_path is not None and not options.dcgm_targets:
+        if options.dcgm_path is not None:
             jobs.append(
                 {
                     "job_name": "dcgm",

@@ -150,6 +150,7 @@ class Site(Server):
                 },
                 rule_files=[rules],
                 alertmanager=self.alertmanager.address,
+                dcgm_path=None,
                 dcgm_targets=self.gpu_exporters.addresses,
             ),
         )
