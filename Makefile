@@ -13,7 +13,8 @@ SYSTEM_PYTHON = $(shell for python in /usr/bin/python3 python3; do \
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slurm-matrix sim sim-mutations kill-rounds hand-over bench-webhooks bench-proxy \
-	bench-proxy-peers bench-idle-streams soak outage fuzz check lock clean packages bench-packages node-packages python
+	bench-proxy-peers bench-idle-streams soak outage fuzz check dashboards lock clean packages bench-packages \
+	node-packages python
 
 SEEDS := 1000
 
@@ -75,6 +76,9 @@ check: python ## lint, formatting, types, and who may import whom
 	@$(VENV)/bin/ruff format --check
 	@$(VENV)/bin/mypy
 	@$(VENV)/bin/pytest -q tests/unit/test_floors.py
+
+dashboards: python ## write Grafana's boards anew from grafana/dashboards/source
+	@$(PYTHON) -m grafana.dashboards.source
 
 lock: python ## pin all dependencies anew, with hashes, in requirements.lock
 	@$(PYTHON) -m pip install -q uv

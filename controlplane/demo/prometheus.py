@@ -1,8 +1,8 @@
 """A real Prometheus and a real Alertmanager on 127.0.0.1, quick enough to watch: seconds where a site has minutes.
 
-Prometheus finds the replicas over the control plane's service discovery, scrapes vLLM's metrics and, at the same
-targets, the GPU metrics (job `dcgm`), and evaluates rule files; Alertmanager posts alerts to the webhook. Both are
-started anew, without old data. Configurations are made here and nowhere else.
+Prometheus finds the replicas over the control plane's service discovery, scrapes vLLM's metrics, and GPU metrics (job
+`dcgm`) of exporters or at the same targets, and evaluates rule files; Alertmanager posts alerts
+to the webhook. Both are started anew, without old data. Configurations are made here and nowhere else.
 
 Failure behaviour: see `children`; a query that Prometheus refuses or cannot be asked raises `QueryFailed`.
 """
@@ -20,6 +20,16 @@ import yaml
 
 from controlplane.demo.children import Server, free_ports, is_listening, program
 
+DCGM_RELABELLING: Sequence[Mapping[str, Any]] = (
+    # dcgm-exporter is about to rename the label; rules and dashboards know neither name
+    {"source_labels": ["Hostname"], "regex": "(.+)", "target_label": "hostname"},
+    {"regex": "Hostname", "action": "labeldrop"},
+    {"source_labels": ["hostname"], "regex": r"([^.]+)(\..*)?", "replacement": "$1", "target_label": "node"},
+    {"source_labels": ["hpc_job"], "regex": "(.+)", "target_label": "slurm_job_id"},
+    {"regex": "hpc_job", "action": "labeldrop"},
+)
+"""As in prometheus/prometheus.yaml, for sites."""
+
 _READY_SECONDS = 30.0
 
 
@@ -34,6 +44,7 @@ class PrometheusOptions:
     sd_url: str | None = None
     sd_refresh_seconds: int = 1
     dcgm_path: str | None = "/dcgm/metrics"
+    dcgm_targets: Sequence[str] = ()  # `host:port`s of GPU exporters; where there are some, `dcgm_path` is None
     static_targets: Mapping[str, Sequence[str]] = field(default_factory=dict)
     scrape_interval_seconds: int = 1
     evaluation_interval_seconds: int = 1
@@ -180,19 +191,21 @@ def _prometheus_config(options: PrometheusOptions) -> dict[str, Any]:
         discovery = {"url": options.sd_url, "refresh_interval": f"{options.sd_refresh_seconds}s"}
         jobs.append({"job_name": "vllm", "http_sd_configs": [discovery]})
         if options.dcgm_path is not None:
-            # dcgm-exporter is about to rename the label; rules and dashboards know the new name
-            rename = [
-                {"source_labels": ["Hostname"], "regex": "(.+)", "target_label": "hostname"},
-                {"action": "labeldrop", "regex": "Hostname"},
-            ]
             jobs.append(
                 {
                     "job_name": "dcgm",
                     "metrics_path": options.dcgm_path,
                     "http_sd_configs": [discovery],
-                    "metric_relabel_configs": rename,
+                    # a real exporter knows of no replica
+                    "relabel_configs": [
+                        {"action": "labeldrop", "regex": "model|replica_set|replica|node|slurm_job_id"},
+                    ],
+                    "metric_relabel_configs": list(DCGM_RELABELLING),
                 }
             )
+    if options.dcgm_targets:
+        exporters = [{"targets": list(options.dcgm_targets)}]
+        jobs.append({"job_name": "dcgm", "static_configs": exporters, "metric_relabel_configs": list(DCGM_RELABELLING)})
     config: dict[str, Any] = {
         "global": {
             "scrape_interval": f"{options.scrape_interval_seconds}s",

@@ -1,6 +1,7 @@
 """A whole site on one machine: Slurm, PostgreSQL, Alertmanager, Prometheus, and the control plane with its proxy.
 
-Everything is real but the GPUs and the model. The alert rules are those of `grafana/alerts/`, made Prometheus rules;
+Everything is real but the GPUs, their exporter and the model. Slurm's prolog and epilog write down which job holds
+which GPU, as a site's would for dcgm-exporter. The alert rules are those of `grafana/alerts/`, made Prometheus rules;
 only their durations are shortened, so that minutes become seconds. It all lives in one directory and is gone after
 `stop`, or after the next `start` in the same directory when this process was killed.
 """
@@ -23,6 +24,8 @@ from controlplane.core.types import Move, Phase, Reason, ReplicaSetSpec
 from controlplane.db import Database, DatabaseOptions, keys, migrate, replica_sets, replicas
 from controlplane.demo.alert_rules import Pace, convert
 from controlplane.demo.children import Server, free_ports
+from controlplane.demo.fake_dcgm import jobs as gpu_jobs
+from controlplane.demo.gpu_exporters import GpuExporterOptions, GpuExporters
 from controlplane.demo.postgres import PrivatePostgres
 from controlplane.demo.prometheus import Alertmanager, AlertmanagerOptions, Prometheus, PrometheusOptions
 from controlplane.demo.slurm_cluster import SlurmCluster
@@ -55,10 +58,15 @@ class Site(Server):
         self.database_url = ""
         self.api_key = ""
         self.operator_token = secrets.token_urlsafe(24)
+        self._gpu_jobs = self.directory / "gpu-jobs"
         self.slurm = SlurmCluster(
-            self.directory / "slurm", nodes=options.nodes, gpus=options.gpus_per_node, extra_conf=["KillWait=5"]
+            self.directory / "slurm",
+            nodes=options.nodes,
+            gpus=options.gpus_per_node,
+            extra_conf=["KillWait=5", *gpu_jobs.slurm_conf(self._gpu_jobs)],
         )
         self._webhook_token = secrets.token_urlsafe(24)
+        self.gpu_exporters: GpuExporters
         self.alertmanager: Alertmanager
         self.prometheus: Prometheus
 
@@ -120,8 +128,13 @@ class Site(Server):
         self.database_url = self._options.database_url or self._private_database()
         migrate(self.database_url)
         asyncio.run(self._prepare())
+        gpu_jobs.write_scripts(self._gpu_jobs)
         self._parts.enter_context(self.slurm)
         self._web_port, self._proxy_port = free_ports(2)
+        exporters = GpuExporterOptions(
+            self.slurm.node_names, self._options.gpus_per_node, self._gpu_jobs, f"{self.web_url}/sd/prometheus"
+        )
+        self.gpu_exporters = self._parts.enter_context(GpuExporters(self.directory / "gpu-exporters", exporters))
         webhook = AlertmanagerOptions(f"{self.web_url}/webhooks/alertmanager", self._webhook_token)
         self.alertmanager = Alertmanager(self.directory / "alertmanager", webhook)
         self._parts.enter_context(self.alertmanager)
@@ -137,6 +150,8 @@ class Site(Server):
                 },
                 rule_files=[rules],
                 alertmanager=self.alertmanager.address,
+                dcgm_path=None,
+                dcgm_targets=self.gpu_exporters.addresses,
             ),
         )
         self._parts.enter_context(self.prometheus)

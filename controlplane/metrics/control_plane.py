@@ -56,6 +56,12 @@ class ControlPlaneMetrics:
         self.round_failures = Counter(
             "controlplane_round_failures", "Rounds that ended with an error", ["loop"], registry=registry
         )
+        self.round_succeeded_timestamp = Gauge(
+            "controlplane_round_succeeded_timestamp_seconds",
+            "When this process last ended a round of a loop without an error, in Unix time",
+            ["loop"],
+            registry=registry,
+        )
         self.requests_cut = Counter(
             "controlplane_requests_cut",
             "Requests in flight at a replica when the deadline of its drain passed",

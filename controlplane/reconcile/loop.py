@@ -154,6 +154,7 @@ class Runner:
             return None, words
         finally:
             self._metrics.round_seconds.labels(loop.name).observe(time.monotonic() - started)
+        self._metrics.round_succeeded_timestamp.labels(loop.name).set(self._clock().timestamp())
         if last_error is not None:
             logger.info("round works again", loop=loop.name)
         if sentence:

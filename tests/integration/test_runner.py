@@ -58,6 +58,33 @@ async def test_a_storm_of_wakes_is_a_few_rounds(db: Database) -> None:
         await asyncio.gather(running, return_exceptions=True)
 
 
+async def test_a_round_that_fails_leaves_the_time_of_the_last_that_did_not(db: Database) -> None:
+    registry = CollectorRegistry()
+    now = [NOW]
+
+    class Failing(CountedLoop):
+        async def run_once(self, _now: datetime) -> None:
+            self.rounds += 1
+            if self.rounds > 1:
+                raise ValueError("the list is not one")
+
+    def sample(name: str) -> float | None:
+        return registry.get_sample_value(f"controlplane_round_{name}", {"loop": "counted"})
+
+    loop = Failing()
+    runner = Runner(db, [loop], RunnerOptions("here"), ControlPlaneMetrics(registry), lambda: now[0])
+    running = asyncio.create_task(runner.run())
+    try:
+        await eventually(lambda: sample("succeeded_timestamp_seconds") == NOW.timestamp())
+        now[0] += timedelta(minutes=1)
+        runner.wake()
+        await eventually(lambda: sample("failures_total"))
+        assert sample("succeeded_timestamp_seconds") == NOW.timestamp()
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
 class OneJob:
     """A Slurm that knows of one job."""
 
