@@ -42,7 +42,9 @@ FOREIGN = {  # custom resources: what their operators insist on, by the versions
         "ServiceMonitor": ["spec.selector.matchLabels", "spec.endpoints.0.port"],
         "PrometheusRule": ["spec.groups.0.name", "spec.groups.0.rules.0.expr"],
     },
-    "monitoring.coreos.com/v1alpha1": {"ScrapeConfig": ["spec.jobName", "spec.httpSDConfigs.0.url"]},
+    "monitoring.coreos.com/v1alpha1": {
+        "ScrapeConfig": ["spec.jobName", "spec.scrapeInterval", "spec.metricRelabelings"]
+    },
 }
 LONG = "a-release-whose-name-is-as-long-as-helm-lets-it-be-53"
 SLURM = {
@@ -75,6 +77,23 @@ def test_every_object_is_what_kubernetes_takes(release: Release, version: str) -
             kubernetes_validate.validate(one, version, strict=True)
             judged += 1
     assert judged > 5
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {"migrate": {"enabled": False}, "serviceAccount": {"create": False, "name": "site"}},
+    {"cloudnativepg": {"enabled": True}, "networkPolicy": {"enabled": True}},
+    {"secrets": {"databaseUrl": {"value": "postgresql://u:p@db/c"}}, "controlPlane": {"replicas": 2}},
+    {"settings": SLURM, "secrets": {"slurmToken": {"existingSecret": "llm"}}, "replicaSetsSecret": "llm-sets"},
+    {"settings": {**SLURM, "CONTROLPLANE_SLURM__URL": "unix:/run/slurmrestd.sock"}},
+    {"proxy": {"replicas": 1, "podDisruptionBudget": {"enabled": False}}, "fullnameOverride": "llm"},
+]
+
+
+@pytest.mark.parametrize("values", VARIANTS, ids=lambda values: "-".join(values))
+def test_other_ways_to_install_it_are_what_kubernetes_takes(values: dict[str, Any]) -> None:
+    for one in render(values, name="x").documents:
+        if one["apiVersion"] not in FOREIGN:
+            kubernetes_validate.validate(one, NEWEST, strict=True)
 
 
 def test_the_validator_refuses_what_kubernetes_refuses() -> None:
@@ -438,6 +457,19 @@ def test_the_recording_rules_are_the_repositorys_own() -> None:
     assert rendered("everything").one("PrometheusRule", "controlplane")["spec"] == rules
 
 
+def test_series_are_relabelled_as_the_repositorys_prometheus_does() -> None:
+    config = yaml.safe_load((ROOT / "prometheus" / "prometheus.yaml").read_text())
+    for job in ("vllm", "dcgm"):
+        steps = next(one for one in config["scrape_configs"] if one["job_name"] == job)["metric_relabel_configs"]
+        spec = rendered("everything").one("ScrapeConfig", job)["spec"]
+        assert spec["jobName"] == job
+        spelled = {"source_labels": "sourceLabels", "target_label": "targetLabel"}
+        assert spec["metricRelabelings"] == [
+            {spelled.get(key, key): value for key, value in step.items()} for step in steps
+        ]
+        assert {key for step in steps for key in step} <= {*spelled, "regex", "replacement", "action"}
+
+
 def test_what_is_added_to_the_repositorys_dashboards_and_rules_is_in_the_chart(tmp_path: Path) -> None:
     for part in ("helm", "grafana", "prometheus"):
         shutil.copytree(ROOT / part, tmp_path / part, symlinks=True)
@@ -483,6 +515,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"proxy": {"ingress": {"enabled": True}}}, "name at least one host"),
     ({"proxy": {"httpRoute": {"enabled": True}}}, "name the gateway"),
     ({"proxy": {"autoscaling": {"minReplicas": 11}}}, "above maxReplicas"),
+    ({"prometheus": {"dcgm": {"enabled": True}}}, "name the compute nodes' exporters"),
     ({"networkPolicy": {"enabled": True}}, "say where PostgreSQL is"),
 ]
 

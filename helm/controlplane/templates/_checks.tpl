@@ -31,6 +31,9 @@
 {{- if gt (int .Values.proxy.autoscaling.minReplicas) (int .Values.proxy.autoscaling.maxReplicas) -}}
 {{- fail "proxy.autoscaling.minReplicas is above maxReplicas" -}}
 {{- end -}}
+{{- if and .Values.prometheus.dcgm.enabled (not .Values.prometheus.dcgm.targets) -}}
+{{- fail "prometheus.dcgm.targets: name the compute nodes' exporters" -}}
+{{- end -}}
 {{- with .Values.networkPolicy -}}
 {{- if .enabled -}}
 {{- if not (or $.Values.cloudnativepg.enabled .database.cidrs) -}}
