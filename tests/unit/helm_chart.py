@@ -23,6 +23,20 @@ except (ImportError, OSError) as error:  # the second: a library for another mac
         "renders; use Linux on x86_64 or aarch64, and `make setup`"
     ) from error
 
+__all__ = [
+    "CASES",
+    "CHART",
+    "Document",
+    "Release",
+    "Values",
+    "containers",
+    "helm",
+    "merged",
+    "render",
+    "rendered",
+    "values_of",
+]
+
 CHART = ROOT / "helm" / "controlplane"
 CASES = sorted(path.name.removesuffix("-values.yaml") for path in (CHART / "ci").glob("*-values.yaml"))
 ROLLED = ("Deployment", "Job", "Pod")

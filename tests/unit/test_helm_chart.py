@@ -278,9 +278,11 @@ def test_every_process_understands_the_settings_that_it_is_given(case: str, tmp_
             (files / file).write_text("postgresql://u:p@db/c" if file == "database-url" else "name:secret")
         for one in containers(pod):
             if one.get("command", [""])[0] != "python":  # which is the test's
-                environ = _environment(release, one)
+                environ = dict(_environment(release, one))
                 assert environ, name
-                Settings.load({key: value.replace("/run/secrets", f"{tmp_path}/run/secrets") for key, value in environ})
+                Settings.load(
+                    {key: value.replace("/run/secrets", f"{tmp_path}/run/secrets") for key, value in environ.items()}
+                )
                 loaded += 1
         for path in files.iterdir():
             path.unlink()
@@ -368,7 +370,13 @@ def test_a_job_that_changes_is_another_job() -> None:
     """Kubernetes refuses to change a Job: Helm and Argo CD would fail on one name with two contents."""
     values = values_of("everything")
     seen: dict[str, str] = {}
-    for change in ({}, {"image": {"tag": "2"}}, {"jobs": {"nodeSelector": {"a": "b"}}}, {"replicaSets": []}):
+    changes: list[dict[str, Any]] = [
+        {},
+        {"image": {"tag": "2"}},
+        {"jobs": {"nodeSelector": {"a": "b"}}},
+        {"replicaSets": []},
+    ]
+    for change in changes:
         for job in render(merged(values, **change)).of_kind("Job"):
             content = json.dumps(job["spec"], sort_keys=True)
             assert seen.setdefault(job["metadata"]["name"], content) == content

@@ -55,7 +55,7 @@ def test_a_unit_starts_commands_that_there_are(unit: Path) -> None:
 
 def test_a_service_understands_the_settings_that_it_is_given(unit: Path, tmp_path: Path) -> None:
     keys = said(unit)
-    environ = {}
+    environ: dict[str, str] = {}
     for file in keys["EnvironmentFile"]:
         environ |= documented(Path(file).name)
     for credential in keys["LoadCredential"]:

@@ -27,7 +27,7 @@ OWNED = frozenset(  # the chart's own: ports that objects name, and files that i
 _KEPT = frozenset(
     {"default", "description", "enum", "exclusiveMaximum", "exclusiveMinimum", "maximum", "minimum", "pattern", "type"}
 )
-_WORDS = {  # what is read from text by a program of its own has another type inside
+_WORDS: dict[str, dict[str, Any]] = {  # what is read from text by a program of its own has another type inside
     "CONTROLPLANE_SLURM__PORT_RANGE": {"pattern": "^[0-9]+-[0-9]+$", "default": "20000-29999"},
     "CONTROLPLANE_SLURM__TOKEN_COMMAND": {"minLength": 1},
 }
@@ -68,7 +68,7 @@ def _setting(name: str, variable: Variable) -> dict[str, Any]:
     assert issubclass(room, Section)
     described = room.model_json_schema()["properties"][field]
     if name in _WORDS:
-        return {"description": described["description"], "type": "string", **_WORDS[name]}
+        return {"description": described["description"], "type": "string"} | _WORDS[name]
     either = described.get("anyOf", [{}])
     kept = {key: value for key, value in {**either[0], **described}.items() if key in _KEPT}
     if kept.get("default", 0) is None:
