@@ -358,7 +358,7 @@ def test_a_literal_in_the_environment_is_a_file_or_the_sites_own(release: Releas
         ({"grafana": {"alerts": {"enabled": False}}}, set()),
         ({"proxy": {"service": {"port": 8001}}}, set()),
     ],
-    ids=str,
+    ids=lambda one: json.dumps(one) if isinstance(one, dict) else "-".join(sorted(one)) or "nobody",
 )
 def test_what_a_pod_has_read_restarts_it_when_it_changes(change: dict[str, Any], restarted: set[str]) -> None:
     before = _rolled(rendered("everything"))
@@ -457,7 +457,8 @@ def test_dashboards_and_alerts_are_the_repositorys_own() -> None:
             for path in (ROOT / "grafana").glob(files)
         }
         assert carried == expected
-        assert all(len(text.encode()) < 1_000_000 for text in carried.values())
+        # Argo CD and `kubectl apply` keep a copy in an annotation, of which there are 256 KiB
+        assert all(len(text.encode()) < 250_000 for text in carried.values())
 
 
 def test_the_recording_rules_are_the_repositorys_own() -> None:
