@@ -13,7 +13,7 @@ SYSTEM_PYTHON = $(shell for python in /usr/bin/python3 python3; do \
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slurm-matrix sim sim-mutations kill-rounds hand-over bench-webhooks bench-proxy \
-	bench-proxy-peers bench-idle-streams soak outage fuzz check dashboards lock clean packages bench-packages \
+	bench-proxy-peers bench-idle-streams soak outage fuzz check dashboards lock chart clean packages bench-packages \
 	node-packages python
 
 SEEDS := 1000
@@ -80,10 +80,18 @@ check: python ## lint, formatting, types, and who may import whom
 dashboards: python ## write Grafana's boards anew from grafana/dashboards/source
 	@$(PYTHON) -m grafana.dashboards.source
 
-lock: python ## pin all dependencies anew, with hashes, in requirements.lock
+lock: python ## pin all dependencies anew, with hashes, in requirements.lock; those to run and to build in two others
 	@$(PYTHON) -m pip install -q uv
 	@$(VENV)/bin/uv pip compile -q --universal --python-version 3.11 --extra dev --generate-hashes --no-header \
 		--no-annotate --no-emit-index-url --upgrade -o requirements.lock pyproject.toml
+	@$(VENV)/bin/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header \
+		--no-annotate --no-emit-index-url --constraint requirements.lock -o requirements-run.lock pyproject.toml
+	@echo "setuptools>=77" | $(VENV)/bin/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header \
+		--no-annotate --no-emit-index-url --upgrade -o requirements-build.lock -
+
+chart: python ## package the Helm chart, with the dashboards, alerts and rules that it links to, into build/
+	@$(PYTHON) -m tests.unit.values_schema
+	@mkdir -p build && $(PYTHON) -c 'import helm_python; print(helm_python.package("helm/controlplane", destination="build"))'
 
 clean: ## remove what was built and installed here
 	@rm -rf $(VENV) $(JS_SDK)/node_modules build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,50 @@
+{{/* What a schema cannot say: values that contradict each other are refused in words. Yields nothing. */}}
+{{- define "controlplane.checks" -}}
+{{- $settings := .Values.settings -}}
+{{- $secrets := .Values.secrets -}}
+{{- $given := or $secrets.databaseUrl.existingSecret $secrets.databaseUrl.value -}}
+{{- if and .Values.cloudnativepg.enabled $given -}}
+{{- fail "secrets.databaseUrl and cloudnativepg.enabled: keep one of the two databases" -}}
+{{- end -}}
+{{- $token := or $secrets.slurmToken.existingSecret $secrets.slurmToken.value -}}
+{{- $key := $secrets.slurmJwtKey.existingSecret -}}
+{{- $command := $settings.CONTROLPLANE_SLURM__TOKEN_COMMAND -}}
+{{- if gt (len (compact (list $token $key $command))) 1 -}}
+{{- fail "secrets.slurmToken, secrets.slurmJwtKey, settings.CONTROLPLANE_SLURM__TOKEN_COMMAND: keep one way to a Slurm token" -}}
+{{- end -}}
+{{- $url := $settings.CONTROLPLANE_SLURM__URL | default "" -}}
+{{- if and $url (not (hasPrefix "unix:" $url)) (not (or $token $key $command)) -}}
+{{- fail "settings.CONTROLPLANE_SLURM__URL: slurmrestd wants a token over HTTP; name secrets.slurmToken.existingSecret or secrets.slurmJwtKey.existingSecret" -}}
+{{- end -}}
+{{- if and (not $url) (or $token $key $command) -}}
+{{- fail "a way to a Slurm token is given, but settings.CONTROLPLANE_SLURM__URL is not: set both, or neither" -}}
+{{- end -}}
+{{- if and .Values.replicaSets .Values.replicaSetsSecret -}}
+{{- fail "replicaSets and replicaSetsSecret: keep one of the two" -}}
+{{- end -}}
+{{- if and .Values.proxy.ingress.enabled (not .Values.proxy.ingress.hosts) -}}
+{{- fail "proxy.ingress.hosts: name at least one host" -}}
+{{- end -}}
+{{- if and .Values.proxy.httpRoute.enabled (not .Values.proxy.httpRoute.parentRefs) -}}
+{{- fail "proxy.httpRoute.parentRefs: name the gateway" -}}
+{{- end -}}
+{{- if gt (int .Values.proxy.autoscaling.minReplicas) (int .Values.proxy.autoscaling.maxReplicas) -}}
+{{- fail "proxy.autoscaling.minReplicas is above maxReplicas" -}}
+{{- end -}}
+{{- if and .Values.prometheus.dcgm.enabled (not .Values.prometheus.dcgm.targets) -}}
+{{- fail "prometheus.dcgm.targets: name the compute nodes' exporters" -}}
+{{- end -}}
+{{- with .Values.networkPolicy -}}
+{{- if .enabled -}}
+{{- if not (or $.Values.cloudnativepg.enabled .database.cidrs) -}}
+{{- fail "networkPolicy.database.cidrs: say where PostgreSQL is, or no pod reaches it" -}}
+{{- end -}}
+{{- if and $url (not (hasPrefix "unix:" $url)) (not .slurmrestd.cidrs) -}}
+{{- fail "networkPolicy.slurmrestd.cidrs: say where slurmrestd is, or the control plane does not reach it" -}}
+{{- end -}}
+{{- if and $url (not .computeNodes.cidrs) -}}
+{{- fail "networkPolicy.computeNodes.cidrs: say where the compute nodes are, or nobody reaches a replica" -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
