@@ -131,13 +131,15 @@ def life(
             ask_the_proxy(made, serve)
             ask_the_control_plane(made, serve, neighbour)
             until_everybody_refused(serve, neighbour)
-            if request.param == "json":  # commands do not log
+            if request.param == "json":  # commands say the same in both
                 run_commands(made, serve, directory)
             look_around(made, serve)
             serve.process.terminate()
             serve.wait()
             made.keep("log", serve.log())
         run_without_a_database(made, serve, directory)
+    if request.param == "json":
+        run_commands_in_trouble(made, serve)
     yield made
     postgres.drop_database(f"canaries_{request.param}")
 
@@ -342,18 +344,17 @@ def run_commands(life: Life, serve: Serve, directory: Path) -> None:
     life.keep("command apply", command(serve, "apply", "-f", "-", stdin=json.dumps({"replica_sets": [spec]})))
 
 
+def troubled_urls(life: Life) -> Iterator[tuple[str, str]]:
+    """Databases that are away, and that do not know us."""
+    password = life.canaries["database_password"]
+    yield "away", urlunsplit(urlsplit(life.database_url)._replace(netloc=f"u:{password}@127.0.0.1:1"))
+    yield "unknown", with_password(life.database_url, "nobody", password)
+
+
 def run_without_a_database(life: Life, serve: Serve, directory: Path) -> None:
-    """The same commands and the server with a database that is away, that does not know us, and with wrong settings."""
-    secret = life.canaries
-    parts = urlsplit(life.database_url)
-    for name, url in (
-        ("away", urlunsplit(parts._replace(netloc=f"u:{secret['database_password']}@127.0.0.1:1"))),
-        ("unknown", with_password(life.database_url, "nobody", secret["database_password"])),
-    ):
-        for line in (["check"], ["migrate"], ["get", "replicas"]):
-            life.keep(f"command {line[0]}, database {name}", command(serve, *line, DATABASE_URL=url))
+    bearer = {"authorization": f"Bearer {life.canaries['webhook_bearer']}"}
+    for _, url in troubled_urls(life):
         with serving(directory, url, **{**serve.environment, "DATABASE_URL": url}) as other:
-            bearer = {"authorization": f"Bearer {secret['webhook_bearer']}"}
             ask = partial(_posted, f"http://127.0.0.1:{serve.web_port}/webhooks/grafana", bearer)
             answer = eventually_sync(ask, timeout_seconds=SECONDS)
             eventually_sync(lambda log=other.log: "PostgreSQL" in log(), timeout_seconds=SECONDS)  # type: ignore[misc]
@@ -361,6 +362,14 @@ def run_without_a_database(life: Life, serve: Serve, directory: Path) -> None:
             other.process.terminate()
             other.wait()
             life.keep("log", other.log())
+
+
+def run_commands_in_trouble(life: Life, serve: Serve) -> None:
+    """Commands without a database, and with settings that are wrong."""
+    secret = life.canaries
+    for name, url in troubled_urls(life):
+        for line in (["check"], ["migrate"], ["get", "replicas"]):
+            life.keep(f"command {line[0]}, database {name}", command(serve, *line, DATABASE_URL=url))
     operator, token = secret["operator_token"], secret["slurm_token"]
     for wrong in (
         {"CONTROLPLANE_OPERATOR__TOKENS": operator},
