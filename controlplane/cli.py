@@ -108,7 +108,8 @@ def serve(
     settings = load_settings()
     from controlplane import app, logs, servers
 
-    logs.configure(level=settings.log.level, form=settings.log.format)
+    one_app: dict[str, logs.App] = {"control": "control-plane", "proxy": "proxy"}
+    logs.configure(level=settings.log.level, form=settings.log.format, app=one_app.get(role))
     try:
         code = app.serve(settings, app.Role(role), workers=workers or settings.proxy.workers)
     except servers.CannotListen as error:

@@ -2,6 +2,9 @@
 
 Code logs with loguru, fields as keyword arguments: `logger.info("job submitted", replica=name, job_id=4711)`; the
 sentence comes first, the fields are the event's. What libraries write through `logging` passes through here as well.
+
+Each line of JSON says which program it is of, `app`, because one process may be both and Loki's streams are told apart
+by it.
 """
 
 from __future__ import annotations
@@ -17,13 +20,26 @@ from loguru import logger
 if TYPE_CHECKING:
     from loguru import Message, Record
 
+App = Literal["control-plane", "proxy"]
 
-def configure(*, level: str = "info", form: Literal["json", "text"] = "json", stream: TextIO = sys.stderr) -> None:
-    """Set up the one sink of this process. May be called again; the last call counts."""
+_OF_THE_PROXY = ("controlplane.proxy", "controlplane.workers")
+
+
+def configure(
+    *,
+    level: str = "info",
+    form: Literal["json", "text"] = "json",
+    app: App | None = None,
+    stream: TextIO = sys.stderr,
+) -> None:
+    """Set up the one sink of this process. May be called again; the last call counts.
+
+    `app`: the program that this process is; None: it is both, and each line tells by its module.
+    """
     logger.remove()
     if form == "json":
         logger.add(
-            lambda message: _write_json(message, stream),
+            lambda message: _write_json(message, app, stream),
             level=level.upper(),
             format="{message}",
             backtrace=False,
@@ -38,11 +54,12 @@ def configure(*, level: str = "info", form: Literal["json", "text"] = "json", st
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it warns of clients' faults, which they are told
 
 
-def _write_json(message: Message, stream: TextIO) -> None:
+def _write_json(message: Message, app: App | None, stream: TextIO) -> None:
     record = message.record
     line: dict[str, object] = {
         "time": record["time"].isoformat(),
         "level": record["level"].name.lower(),
+        "app": app or _app_of(record["name"] or ""),
         "event": record["message"],
         "source": record["name"],
         **record["extra"],
@@ -52,6 +69,10 @@ def _write_json(message: Message, stream: TextIO) -> None:
         line["traceback"] = str(message).split("\n", 1)[-1]
     stream.write(json.dumps(line, default=str) + "\n")
     stream.flush()
+
+
+def _app_of(module: str) -> App:
+    return "proxy" if module.startswith(_OF_THE_PROXY) else "control-plane"
 
 
 def _text_format(record: Record) -> str:

@@ -1,4 +1,4 @@
-"""What may be shown of the end of a job's log: its last lines, without control characters and without secrets."""
+"""What may be shown of text that others wrote: the end of a job's log, and answers that may quote what we sent."""
 
 from __future__ import annotations
 
@@ -19,6 +19,14 @@ _ASSIGNED = re.compile(
 _SHORTEST_SECRET = 6  # a shorter value stands in too many innocent words
 
 
+def without(text: str, *secrets: str | None) -> str:
+    """`text` without these secrets. To be called before anything is cut off: half of a secret is not found."""
+    for secret in secrets:
+        if secret and len(secret) >= _SHORTEST_SECRET:
+            text = text.replace(secret, "<secret>")
+    return text
+
+
 def shown_tail(raw: bytes, secrets: Iterable[str], *, is_cut: bool) -> str:
     """The end of a log as text. `is_cut`: `raw` does not begin where the log does, and may begin inside a secret."""
     text = raw.decode("utf-8", "replace")
@@ -26,8 +34,7 @@ def shown_tail(raw: bytes, secrets: Iterable[str], *, is_cut: bool) -> str:
         line, _, rest = text.partition("\n")
         text = rest or line.partition(" ")[2]
     text = _ESCAPE.sub("", text)
-    for secret in sorted({one for one in secrets if len(one) >= _SHORTEST_SECRET}, key=len, reverse=True):
-        text = text.replace(secret, "<secret>")
+    text = without(text, *sorted(set(secrets), key=len, reverse=True))
     text = _ASSIGNED.sub(r"\1<secret>", _LIKE_SECRETS.sub("<secret>", text))
     # what a progress bar wrote last is what a person saw
     lines = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]

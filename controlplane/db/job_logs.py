@@ -36,6 +36,7 @@ class UnreadLog:
 
     replica_id: int
     replica: str
+    model: str
     slurm_job_id: int
     ended_at: datetime
     secrets: tuple[str, ...]
@@ -57,9 +58,10 @@ async def load_unread(db: Database, since: datetime, *, limit: int = 20) -> list
     async with db.connection() as connection:
         cursor = await connection.execute(
             """
-            SELECT r.id AS replica_id, r.name AS replica, r.slurm_job_id, r.ended_at, r.secret,
+            SELECT r.id AS replica_id, r.name AS replica, coalesce(r.spec->>'model', s.model) AS model,
+                   r.slurm_job_id, r.ended_at, r.secret,
                    ARRAY(SELECT value FROM jsonb_each_text(r.spec->'vllm'->'environment')) AS environment
-              FROM replicas r
+              FROM replicas r JOIN replica_sets s ON s.name = r.replica_set
              WHERE r.phase = 'ENDED' AND r.ended_at >= %s AND r.slurm_job_id IS NOT NULL AND r.reason = ANY (%s)
                AND NOT EXISTS (SELECT FROM job_logs l WHERE l.replica_id = r.id)
              ORDER BY r.ended_at, r.id LIMIT %s
@@ -70,6 +72,7 @@ async def load_unread(db: Database, since: datetime, *, limit: int = 20) -> list
             UnreadLog(
                 row["replica_id"],
                 row["replica"],
+                row["model"],
                 row["slurm_job_id"],
                 row["ended_at"],
                 (row["secret"], *row["environment"]),

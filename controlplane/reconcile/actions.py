@@ -256,7 +256,7 @@ class Actor:
             script=script.text,
             environment=script.environment,
             working_directory=str(directory),
-            standard_output=log_path(directory, replica.name, "%j"),
+            standard_output=log_path(directory, replica.name, "%j", spec.model),
             resources=replace(spec.slurm, time_limit_seconds=limit.seconds) if limit else spec.slurm,
             excluded_nodes=self._kept_out.get(replica.replica_set, frozenset()),
         )

@@ -22,6 +22,7 @@ from typing import Any
 import httpx
 
 from controlplane.core.alerts import Target, judge
+from controlplane.core.log_text import without
 from controlplane.core.storable import storable
 from controlplane.core.times import parse_time
 from controlplane.core.types import Alert
@@ -112,7 +113,7 @@ class AlertPullLoop:
                 timeout=self._options.timeout_seconds,
             )
         except httpx.HTTPError as error:
-            raise UnreadableAlerts(f"{type(error).__name__}: {error}"[:256]) from error
+            raise UnreadableAlerts(_words(error, source)) from None
         if answer.status_code != 200:
             raise UnreadableAlerts(f"answered {answer.status_code}")
         try:
@@ -121,7 +122,11 @@ class AlertPullLoop:
                 raise TypeError(f"it is a {type(listed).__name__}")
             return _listing(listed, source, known, now)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UnreadableAlerts(f"not a list of alerts: {type(error).__name__}: {error}"[:256]) from error
+            raise UnreadableAlerts(f"not a list of alerts: {_words(error, source)}") from None
+
+
+def _words(error: Exception, source: AlertSource) -> str:
+    return without(f"{type(error).__name__}: {error}", source.token)[:256]  # it may quote what was sent
 
 
 def _listing(

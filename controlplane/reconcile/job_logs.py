@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import stat
 import threading
 from contextlib import suppress
@@ -19,6 +20,8 @@ from controlplane.core.log_text import shown_tail
 from controlplane.db import Database, job_logs
 
 _READ_BYTES = 16_384  # more than is shown: colours, and a first line that is cut, fall away
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9=.,:@+~_-]")
+_LONGEST_MODEL = 128  # a file's name has at most 255 bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +33,14 @@ class JobLogOptions:
     timeout_seconds: float = 5.0
 
 
-def log_path(directory: Path | str, replica: str, job_id: int | str) -> str:
-    """Where a job's output goes; `%j` stands for the job's id before it is known."""
-    return f"{directory}/{replica}-{job_id}.out"
+def log_path(directory: Path | str, replica: str, job_id: int | str, model: str) -> str:
+    """Where a job's output goes; `%j` stands for the job's id before it is known.
+
+    The name tells a collector of logs whose they are: `<replica>-<job id>.<model>.out`, with `=` for each `/` of the
+    model's name, and `_` for what is nothing to Slurm's patterns or to globs.
+    """
+    told = _NOT_IN_NAMES.sub("_", model.replace("/", "="))[:_LONGEST_MODEL]
+    return f"{directory}/{replica}-{job_id}.{told}.out"
 
 
 class JobLogLoop:
@@ -47,7 +55,7 @@ class JobLogLoop:
     async def run_once(self, now: datetime) -> str | None:
         read = []
         for unread in await job_logs.load_unread(self._db, now - self._options.keep_looking):
-            path = log_path(self._options.job_directory, unread.replica, unread.slurm_job_id)
+            path = log_path(self._options.job_directory, unread.replica, unread.slurm_job_id, unread.model)
             try:
                 raw, is_cut = await self._read(path)
                 log = job_logs.JobLog(now, shown_tail(raw, unread.secrets, is_cut=is_cut), None)

@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from controlplane.core.log_text import without
 from controlplane.core.types import Endpoint, Health, ProbeResult
 
 _RUNNING = "vllm:num_requests_running"
@@ -85,7 +86,7 @@ async def _check_identity(http: httpx.AsyncClient, endpoint: Endpoint, limits: P
         raise _Failed(f"/v1/models answered {answer.status_code}")
     names = _model_names(answer)
     if endpoint.model not in names:
-        served = ", ".join(sorted(names))[:100] or "nothing"
+        served = without(", ".join(sorted(names)), endpoint.api_key)[:100] or "nothing"
         raise _Failed(f"it serves {served}, not {endpoint.model}", is_foreign=True)
     if endpoint.replica is not None:
         answer = await http.get(url, timeout=limits.timeout_seconds)
@@ -142,7 +143,8 @@ async def _generate(
             return after
         raise _Failed(f"no token within {limits.token_timeout_seconds:g} s: the engine does not move") from error
     if answer.status_code != 200:
-        raise _Failed(f"{path} answered {answer.status_code}: {answer.text[:120]}")
+        said = without(answer.text, endpoint.api_key)  # it may quote our request
+        raise _Failed(f"{path} answered {answer.status_code}: {said[:120]}")
     return load
 
 

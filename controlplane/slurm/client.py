@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, Final, Protocol, Self, TypeVar
 from urllib.parse import quote
 
@@ -35,6 +36,7 @@ from controlplane.slurm.errors import (
     SlurmUnreachable,
 )
 from controlplane.slurm.faults import ALREADY_DONE, INVALID_JOB_ID, JOB_FINISHED, NOT_PENDING, judge
+from controlplane.slurm.script import SECRET_VARIABLE
 from controlplane.slurm.tokens import TokenSource, expires_at
 from controlplane.slurm.transport import Answer, Transport
 from controlplane.slurm.wire import DIALECTS, Dialect, JobRequest, Submitted
@@ -44,6 +46,7 @@ _GONE: Final = frozenset({INVALID_JOB_ID, ALREADY_DONE, JOB_FINISHED, NOT_PENDIN
 _CLOCK_SKEW: Final = timedelta(seconds=30)
 
 T = TypeVar("T")
+_TOKEN_HEADER: Final = "X-SLURM-USER-TOKEN"  # noqa: S105 -- a name
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,8 +188,9 @@ class SlurmClient:
             return wire.write_submit(request, dialect)
 
         intended_at = intended_at or self._clock()
+        secret = request.environment.get(SECRET_VARIABLE, "")
         return await self._exchange(
-            "submit", "POST", "job/submit", read, write=write, changes=True, intended_at=intended_at
+            "submit", "POST", "job/submit", read, write=write, changes=True, intended_at=intended_at, secret=secret
         )
 
     async def release(self, job_id: int, *, name: str) -> bool:
@@ -302,17 +306,19 @@ class SlurmClient:
         write: Callable[[Dialect], dict[str, Any]] | None = None,
         changes: bool = False,
         intended_at: datetime | None = None,
+        secret: str = "",
     ) -> T:
         """Send one request in the dialect in use and read its answer; tell `on_call` how that went."""
+        send = partial(self._send, method, path, changes=changes, intended_at=intended_at, secret=secret)
         started = time.monotonic()
         outcome = "abandoned"  # unless it is known better: the caller was cancelled
         try:
             dialect = await self._dialect_in_use()
-            answer = await self._send(method, path, dialect, write, changes=changes, intended_at=intended_at)
+            answer = await send(dialect, write)
             if _is_unknown_path(answer) and self._options.api_version == "auto":
                 self._dialect = None  # slurmrestd was exchanged for another release; it did nothing with the request
                 dialect = await self._dialect_in_use()
-                answer = await self._send(method, path, dialect, write, changes=changes, intended_at=intended_at)
+                answer = await send(dialect, write)
             if _is_unknown_path(answer):
                 raise SlurmProtocolError(f"slurmrestd does not serve {dialect.version}: {answer.text}")
             result = read(answer)
@@ -347,13 +353,16 @@ class SlurmClient:
         *,
         changes: bool,
         intended_at: datetime | None = None,
+        secret: str = "",
     ) -> Answer:
+        headers = await self._headers(intended_at)
         return await self._transport.exchange(
             method,
             f"/slurm/{dialect.version}/{path}",
-            headers=await self._headers(intended_at),
+            headers=headers,
             body=None if write is None else write(dialect),
             changes=changes,
+            secrets=(headers.get(_TOKEN_HEADER, ""), secret),
         )
 
     async def _headers(self, intended_at: datetime | None) -> Mapping[str, str]:
@@ -361,7 +370,7 @@ class SlurmClient:
         if intended_at is not None and self._clock() >= intended_at + self.submit_grace / 2:
             # its own way there takes a while, too, and whoever counts must not be overtaken
             raise SlurmUnreachable("not sent: too long after it was intended")
-        return {} if token is None else {"X-SLURM-USER-NAME": self._options.user_name, "X-SLURM-USER-TOKEN": token}
+        return {} if token is None else {"X-SLURM-USER-NAME": self._options.user_name, _TOKEN_HEADER: token}
 
     async def _token(self, issued_at: datetime) -> str | None:
         """The token to send. An expired one is not sent: 22.05 answers it as if the controller were dead."""

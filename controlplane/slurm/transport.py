@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
@@ -19,6 +19,7 @@ import tenacity
 from controlplane.slurm.errors import SlurmAmbiguous, SlurmUnreachable, foreign_text
 
 _CERTAINLY_NOT_SENT: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+_SHORTEST_SECRET: Final = 16  # a word of the answer's own, such as a key in its JSON, must not be taken for one
 _RETRY_SECONDS: Final = 0.1  # the first pause before a connection is tried again
 
 
@@ -73,12 +74,20 @@ class Transport:
         await self._client.aclose()
 
     async def exchange(
-        self, method: str, path: str, *, headers: Mapping[str, str], body: Mapping[str, Any] | None, changes: bool
+        self,
+        method: str,
+        path: str,
+        *,
+        headers: Mapping[str, str],
+        body: Mapping[str, Any] | None,
+        changes: bool,
+        secrets: Iterable[str] = (),
     ) -> Answer:
         """Send one request and read its whole answer, within the time limit.
 
         `changes` says whether the request could change anything: if it was sent and no answer came, then
-        `SlurmAmbiguous` is raised, else `SlurmUnreachable`.
+        `SlurmAmbiguous` is raised, else `SlurmUnreachable`. `secrets`: what of the request must not be in the answer,
+        should whoever answers quote it.
         """
         after_sending = SlurmAmbiguous if changes else SlurmUnreachable
         request = self._client.build_request(method, path, headers=dict(headers), json=body)
@@ -91,7 +100,11 @@ class Transport:
             raise SlurmUnreachable(f"no connection to slurmrestd: {_words(error)}") from None
         except httpx.HTTPError as error:
             raise after_sending(f"{method} {path}: connection broken: {_words(error)}") from None
-        return Answer.read(response.status_code, response.content)
+        content = response.content
+        for secret in secrets:
+            if len(secret) >= _SHORTEST_SECRET:
+                content = content.replace(secret.encode(), b"<secret>")
+        return Answer.read(response.status_code, content)
 
     async def _send(self, request: httpx.Request) -> httpx.Response:
         retrying = tenacity.AsyncRetrying(

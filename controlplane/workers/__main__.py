@@ -19,7 +19,7 @@ def main() -> int:
     except SettingsError as error:  # a file with a secret has changed since the supervisor read it
         sys.stderr.write("".join(f"error: {fault}\n" for fault in error.faults))
         return 2
-    logs.configure(level=settings.log.level, form=settings.log.format)
+    logs.configure(level=settings.log.level, form=settings.log.format, app="proxy")
     logger.configure(extra={"worker": number})
     return app.serve_worker(settings, socket.socket(fileno=listening), socket.socket(fileno=channel))
 

@@ -75,3 +75,16 @@ async def test_a_connection_that_could_not_be_made_is_tried_again(
 def test_bytes_that_are_no_utf8_do_not_hide_the_rest_of_a_list() -> None:
     answer = Answer.read(200, b'{"jobs": [{"name": "caf\xe9"}, {"name": "cp-a-1"}]}')
     assert answer.body == {"jobs": [{"name": "caf\ufffd"}, {"name": "cp-a-1"}]}
+
+
+async def test_an_answer_that_quotes_a_secret_is_read_without_it(slurmrestd: Slurmrestd) -> None:
+    token = "s3cret-of-no-special-form"
+    slurmrestd.answer("GET", "jobs", (500, {"errors": [{"error": f"token {token} is not ours"}]}))
+    transport = Transport(slurmrestd.url, timeout_seconds=5, connect_timeout_seconds=5)
+    headers = {"X-SLURM-USER-TOKEN": token}
+    answer = await transport.exchange(
+        "GET", "/slurm/v0.0.42/jobs", headers=headers, body=None, changes=False, secrets=(token, "error")
+    )
+    assert answer.body == {"errors": [{"error": "token <secret> is not ours"}]}, "a short word is none"
+    assert token not in answer.text
+    await transport.aclose()

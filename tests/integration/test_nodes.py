@@ -401,7 +401,7 @@ def a_loop(db: Database, directory: Path, timeout_seconds: float = 5) -> JobLogL
 
 
 def the_log(directory: Path, replica: Replica, text: str | None = None) -> Path:
-    path = Path(log_path(directory, replica.name, replica.slurm_job_id or 0))
+    path = Path(log_path(directory, replica.name, replica.slurm_job_id or 0, replica.spec.model))
     if text is not None:
         path.write_text(text)
     return path

@@ -106,3 +106,16 @@ async def test_a_hundred_servers_that_hang_do_not_keep_another_from_being_looked
         finally:
             may_end.set()
             await asyncio.gather(*hanging)
+
+
+@pytest.mark.parametrize("padding", [0, 60])
+async def test_a_server_that_quotes_our_key_is_shown_without_it(padding: int) -> None:
+    key = endpoint().api_key or ""
+    assert len(key) >= 32
+    said = "-" * padding + f" Bearer {key}"
+    refused = await look(completion=httpx.Response(500, text=said))
+    other = await look(models=f'{{"data": [{{"id": "{said}"}}]}}')
+    for result in (refused, other):
+        assert result.message is not None
+        assert "Bearer <secret>" in result.message, "and nothing that was cut off from it"
+        assert key[:8] not in result.message
