@@ -14,7 +14,7 @@ DO $$ BEGIN -- where this user may not make a schema, somebody who may has made 
 END $$;
 
 CREATE INDEX decisions_by_time ON decisions (at);
-CREATE INDEX decisions_by_alert ON decisions USING gin (alerts);
+CREATE INDEX decisions_by_alert ON decisions USING gin (alerts) WITH (fastupdate = off); -- few are written, many asked for
 CREATE INDEX slurm_job_history_by_time ON slurm_job_history (at);
 
 -- --- what is wanted, and why ---------------------------------------------------------------------------------
