@@ -6,6 +6,8 @@ refused before anything is granted: it would make a promise of "read only" that 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import psycopg
@@ -57,23 +59,51 @@ def how_to_make(role: str) -> str:
     return f"CREATE ROLE {name} LOGIN PASSWORD '...'; ALTER ROLE {name} SET default_transaction_read_only = on"
 
 
+def make_role(url: str, role: str, password: str) -> None:
+    """Make the role, to log in with this password and to read only; one that is there gets the password.
+
+    For servers of our own, and those where we may. Raises DbUnavailable, DatabaseError: this user may not make roles.
+    """
+    with _connected(url) as connection:
+        is_there = connection.execute("SELECT FROM pg_roles WHERE rolname = %s", (role,)).fetchone() is not None
+        for text in (
+            "ALTER ROLE {role} LOGIN PASSWORD {password}"
+            if is_there
+            else "CREATE ROLE {role} LOGIN PASSWORD {password}",
+            "ALTER ROLE {role} SET default_transaction_read_only = on",
+        ):
+            connection.execute(sql.SQL(text).format(role=sql.Identifier(role), password=password))
+
+
+def drop_role(url: str, role: str) -> None:
+    """Take back what the role was granted here, and remove it. Raises as `make_role` does."""
+    with _connected(url) as connection:
+        connection.execute(sql.SQL("DROP OWNED BY {}").format(sql.Identifier(role)))
+        connection.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(role)))
+
+
 def grant(url: str, role: str) -> Granted:
     """Let a role read the views. May be repeated. Raises DbUnavailable, NotFound: there is no such role, DatabaseError.
 
     DatabaseError also says which power keeps the role from being given access: then nothing was granted.
     """
+    with _connected(url) as connection:
+        _refuse_more_than_reading(connection, role)
+        for statement in _grants(role):
+            connection.execute(statement)
+        return Granted(tuple(_warnings(connection, role)))
+
+
+@contextmanager
+def _connected(url: str) -> Iterator[psycopg.Connection]:
+    """One connection and one transaction."""
     try:
         connection = psycopg.connect(url, connect_timeout=10)
     except psycopg.Error as error:
         raise DbUnavailable(str(error)) from error
     try:
         with connection:
-            _refuse_more_than_reading(connection, role)
-            for statement in _grants(role):
-                connection.execute(statement)
-            return Granted(tuple(_warnings(connection, role)))
-    except psycopg.errors.InsufficientPrivilege as error:
-        raise DatabaseError(f"only the owner of the views may grant them: {error}") from error
+            yield connection
     except psycopg.Error as error:
         raise DatabaseError(str(error)) from error
 

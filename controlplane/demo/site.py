@@ -23,6 +23,7 @@ from controlplane.core.types import Move, Phase, Reason, ReplicaSetSpec
 from controlplane.db import Database, DatabaseOptions, keys, migrate, replica_sets, replicas
 from controlplane.demo.alert_rules import Pace, convert
 from controlplane.demo.children import Server, free_ports
+from controlplane.demo.data_sources import DataSources, Sources
 from controlplane.demo.postgres import PrivatePostgres
 from controlplane.demo.prometheus import Alertmanager, AlertmanagerOptions, Prometheus, PrometheusOptions
 from controlplane.demo.slurm_cluster import SlurmCluster
@@ -59,6 +60,8 @@ class Site(Server):
             self.directory / "slurm", nodes=options.nodes, gpus=options.gpus_per_node, extra_conf=["KillWait=5"]
         )
         self._webhook_token = secrets.token_urlsafe(24)
+        self._webhook_secret = secrets.token_urlsafe(24)
+        self.data_sources = DataSources(self.directory / "grafana")
         self.alertmanager: Alertmanager
         self.prometheus: Prometheus
 
@@ -84,6 +87,8 @@ class Site(Server):
             "CONTROLPLANE_WEB__PORT": str(self._web_port),
             "CONTROLPLANE_PROXY__PORT": str(self._proxy_port),
             "CONTROLPLANE_WEBHOOK__BEARER_TOKENS": self._webhook_token,
+            "CONTROLPLANE_WEBHOOK__HMAC_SECRETS": self._webhook_secret,
+            "CONTROLPLANE_WEBHOOK__HMAC_TIMESTAMP_HEADER": "X-Grafana-Alerting-Timestamp",
             "CONTROLPLANE_OPERATOR__TOKENS": f"demo:{self.operator_token}",
             "CONTROLPLANE_SLURM__URL": self.slurm.url,
             "CONTROLPLANE_SLURM__USER_NAME": self.slurm.user_name,
@@ -141,6 +146,17 @@ class Site(Server):
         )
         self._parts.enter_context(self.prometheus)
         self.start_control_plane()
+        self._parts.callback(self.data_sources.forget)
+        self.data_sources.write(self._sources())
+
+    def _sources(self) -> Sources:
+        contact_points = {
+            "CONTROLPLANE_WEBHOOK_URL": f"{self.web_url}/webhooks/grafana",
+            "CONTROLPLANE_WEBHOOK_HMAC_SECRET": self._webhook_secret,
+            "CONTROLPLANE_WEBHOOK_BEARER_TOKEN": self._webhook_token,
+        }
+        scrape_interval = self.prometheus.scrape_interval_seconds
+        return Sources(self.prometheus.url, scrape_interval, self.database_url, contact_points)
 
     def _private_database(self) -> str:
         server = self._parts.enter_context(PrivatePostgres(self.directory / "postgres"))
