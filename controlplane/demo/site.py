@@ -102,6 +102,15 @@ class Site(Server):
             **(self._options.settings or {}),
         }
 
+    def _sources(self) -> Sources:
+        contact_points = {
+            "CONTROLPLANE_WEBHOOK_URL": f"{self.web_url}/webhooks/grafana",
+            "CONTROLPLANE_WEBHOOK_HMAC_SECRET": self._webhook_secret,
+            "CONTROLPLANE_WEBHOOK_BEARER_TOKEN": self._webhook_token,
+        }
+        scrape_interval = self.prometheus.scrape_interval_seconds
+        return Sources(self.prometheus.url, scrape_interval, self.database_url, contact_points)
+
     def start_control_plane(self) -> None:
         """`controlplane serve`, and wait until both its halves can work."""
         self.children.start(
@@ -148,15 +157,6 @@ class Site(Server):
         self.start_control_plane()
         self._parts.callback(self.data_sources.forget)
         self.data_sources.write(self._sources())
-
-    def _sources(self) -> Sources:
-        contact_points = {
-            "CONTROLPLANE_WEBHOOK_URL": f"{self.web_url}/webhooks/grafana",
-            "CONTROLPLANE_WEBHOOK_HMAC_SECRET": self._webhook_secret,
-            "CONTROLPLANE_WEBHOOK_BEARER_TOKEN": self._webhook_token,
-        }
-        scrape_interval = self.prometheus.scrape_interval_seconds
-        return Sources(self.prometheus.url, scrape_interval, self.database_url, contact_points)
 
     def _private_database(self) -> str:
         server = self._parts.enter_context(PrivatePostgres(self.directory / "postgres"))
