@@ -20,7 +20,7 @@ import httpx
 
 from controlplane.clock import utc_now
 from controlplane.core.types import Move, Phase, Reason, ReplicaSetSpec
-from controlplane.db import Database, DatabaseOptions, keys, migrate, replica_sets, replicas
+from controlplane.db import Database, DatabaseOptions, keys, migrate, replica_sets, replicas, tenants
 from controlplane.demo.alert_rules import Pace, convert
 from controlplane.demo.children import Server, free_ports
 from controlplane.demo.data_sources import DataSources, Sources
@@ -33,6 +33,7 @@ ALERT_RULES = (
     Path(sys.prefix) / "share" / "controlplane" / "grafana" / "alerts",  # an installed package
 )
 _READY_SECONDS = 30.0
+_BUDGET_TOKENS = 20_000_000  # of the month: to be seen, and more than the demo uses in days
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +169,8 @@ class Site(Server):
             await replica_sets.apply(db, self._options.replica_set, actor="demo", now=now)
             await self._forget_an_earlier_site(db, now)
             self.api_key, _ = await keys.create(db, "demo", models=None, expires_at=None, actor="demo", now=now)
+            budget = {"monthly_tokens": _BUDGET_TOKENS}
+            await tenants.set_limits(db, "demo", budget, actor="demo", now=now)
 
     async def _forget_an_earlier_site(self, db: Database, now: datetime) -> None:
         """A database that was given may tell of replicas whose Slurm is gone: every site begins with an empty one."""
