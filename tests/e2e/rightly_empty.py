@@ -34,7 +34,7 @@ SOMETIMES: Mapping[str, str] = {
     "controlplane-control-plane / slurmrestd: calls that failed": _NOW_AND_THEN,
     "controlplane-fleet / Alerts that fire": "the story ends when its last alert is about to be resolved",
     "controlplane-fleet / Errors by code": _NOW_AND_THEN,
-    "controlplane-fleet / Models / C": "a proxy tells of held requests while it holds some, which it does at first only",
+    "controlplane-fleet / Models / C": "a proxy tells of requests that it holds while it does, at first",
     "controlplane-model / What went wrong / B": "clients of the demo leave when they have their answer",
     "controlplane-model / What went wrong / C": _NOW_AND_THEN,
     "controlplane-tenants / Not answered well, by tenant and status": _NOW_AND_THEN,
