@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
@@ -22,6 +23,7 @@ from controlplane.db.usage import By
 from controlplane.demo.postgres import PrivatePostgres
 from tests.integration.db_rows import NOW, make_ready, make_replica, make_set, observe, opened, slurm_spec
 from tests.integration.lives import SECRET, after, decided, fires, whole_life
+from tests.unit.documents import section
 
 VIEWS = {
     "alert_deliveries",
@@ -321,6 +323,20 @@ def test_the_command_migrates_and_grants_or_prints_what_it_would_grant(
     with psycopg.connect(make_conninfo(other, user=role, password=PASSWORD)) as connection:
         assert rows(connection, "SELECT * FROM grafana.usage") == []
     postgres.drop_database("printed")
+
+
+async def test_the_document_names_every_view_and_its_columns_in_their_order(reader: psycopg.Connection[Any]) -> None:
+    found = rows(
+        reader,
+        "SELECT relname AS view, array_agg(attname::text ORDER BY attnum) AS columns FROM pg_attribute "
+        "JOIN pg_class c ON c.oid = attrelid WHERE relnamespace = 'grafana'::regnamespace AND attnum > 0 GROUP BY 1",
+    )
+    told = re.findall(
+        r"^- \*\*(\w+)\*\* .*?Columns: (.*?)\.$", section("docs/views.md", "What there is"), re.MULTILINE | re.DOTALL
+    )
+    assert {view: re.findall(r"`(\w+)`", columns) for view, columns in told} == {
+        row["view"]: row["columns"] for row in found
+    }
 
 
 # --- what they say ---------------------------------------------------------------------------------------
