@@ -117,18 +117,46 @@ def serve(
     raise typer.Exit(code)
 
 
-@cli.command(rich_help_panel=_RUN)
-def migrate() -> None:
+@cli.command(
+    rich_help_panel=_RUN,
+    epilog="[bold]Examples[/]\n\ncontrolplane migrate --grant-dashboards-to grafana\n\n"
+    "controlplane migrate --grant-dashboards-to grafana --print | psql controlplane",
+)
+def migrate(
+    grant_dashboards_to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ROLE", help="Let this role read the views for dashboards, and see that it can read nothing else."
+        ),
+    ] = None,
+    only_print: Annotated[
+        bool, typer.Option("--print", help="Print the SQL that would grant it, for somebody else to run; do nothing.")
+    ] = False,
+) -> None:
     """Bring the database's schema to this version's. Harmless to repeat, and from several hosts at once."""
-    settings = load_settings()
-    from controlplane.db import DatabaseError
+    from controlplane.db import DatabaseError, dashboards
     from controlplane.db import migrate as apply_migrations
 
+    if only_print:
+        if grant_dashboards_to is None:
+            raise typer.BadParameter("it prints what --grant-dashboards-to would do", param_hint="--print")
+        typer.echo("".join(f"{one};\n" for one in dashboards.statements(grant_dashboards_to)), nl=False)
+        return
+    url = load_settings().database_url.get_secret_value()
     try:
-        applied = apply_migrations(settings.database_url.get_secret_value())
+        applied = apply_migrations(url)
+        typer.echo(f"applied {', '.join(applied)}" if applied else "nothing to do: the schema is current")
     except DatabaseError as error:
         fail(f"PostgreSQL: {one_line(error)}; see that it runs and that DATABASE_URL is right")
-    typer.echo(f"applied {', '.join(applied)}" if applied else "nothing to do: the schema is current")
+    if grant_dashboards_to is None:
+        return
+    try:
+        granted = dashboards.grant(url, grant_dashboards_to)
+    except DatabaseError as error:
+        fail(f"nothing was granted: {one_line(error)}")
+    typer.echo(f"{grant_dashboards_to} may read the views of schema {dashboards.SCHEMA}, and no table")
+    for warning in granted.warnings:
+        typer.echo(f"warning: {warning}", err=True)
 
 
 @cli.command(rich_help_panel=_RUN)

@@ -85,6 +85,11 @@ class Prometheus(Server):
         """Its API and its pages."""
         return f"http://127.0.0.1:{self._port}"
 
+    @property
+    def scrape_interval_seconds(self) -> int:
+        """How often it scrapes."""
+        return self._options.scrape_interval_seconds
+
     def query(self, expression: str, *, timeout_seconds: float = 10) -> list[Sample]:
         """The instant vector (or scalar) of a PromQL expression, now. Raises `QueryFailed`."""
         try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -108,7 +107,8 @@ def run(directory: Path, *, keep: bool = False, plain: bool = False, database_ur
         console.print(f"Everything is up after {time.monotonic() - began:.1f} s, below {directory}")
         faults = asyncio.run(_tell(site, console, plain=plain))
         if keep:
-            _stay(site, console)
+            with suppress(KeyboardInterrupt):  # which is how it is to end
+                _stay(site, console)
         return 1 if faults else 0
     except KeyboardInterrupt:
         console.print("Interrupted; ending everything that was started.")
@@ -204,4 +204,13 @@ def _stay(site: Site, console: Console) -> None:
         soft_wrap=True,
         markup=False,
     )
-    threading.Event().wait()
+    console.rule("for Grafana 12")
+    console.print(f"Prometheus   {site.prometheus.url}\n{site.data_sources.told()}", soft_wrap=True, markup=False)
+    asyncio.run(_keep_asking(site))
+
+
+async def _keep_asking(site: Site) -> None:
+    """A few requests all the time: what is looked at then moves."""
+    load = Load(LoadOptions(site.proxy_url, site.api_key, REPLICA_SET.model))
+    load.wanted = _QUIET_CLIENTS
+    await load.run()

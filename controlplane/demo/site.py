@@ -21,11 +21,12 @@ import httpx
 
 from controlplane.clock import utc_now
 from controlplane.core.types import Move, Phase, Reason, ReplicaSetSpec
-from controlplane.db import Database, DatabaseOptions, keys, migrate, replica_sets, replicas
+from controlplane.db import Database, DatabaseOptions, keys, migrate, replica_sets, replicas, tenants
 from controlplane.demo.alert_rules import Pace, convert
 from controlplane.demo.children import Server, free_ports
 from controlplane.demo.fake_dcgm import jobs as gpu_jobs
 from controlplane.demo.gpu_exporters import GpuExporterOptions, GpuExporters
+from controlplane.demo.data_sources import DataSources, Sources
 from controlplane.demo.postgres import PrivatePostgres
 from controlplane.demo.prometheus import Alertmanager, AlertmanagerOptions, Prometheus, PrometheusOptions
 from controlplane.demo.slurm_cluster import SlurmCluster
@@ -35,6 +36,7 @@ ALERT_RULES = (
     Path(sys.prefix) / "share" / "controlplane" / "grafana" / "alerts",  # an installed package
 )
 _READY_SECONDS = 30.0
+_BUDGET_TOKENS = 20_000_000  # of the month: to be seen, and more than the demo uses in days
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,8 @@ class Site(Server):
         )
         self._webhook_token = secrets.token_urlsafe(24)
         self.gpu_exporters: GpuExporters
+        self._webhook_secret = secrets.token_urlsafe(24)
+        self.data_sources = DataSources(self.directory / "grafana")
         self.alertmanager: Alertmanager
         self.prometheus: Prometheus
 
@@ -92,6 +96,8 @@ class Site(Server):
             "CONTROLPLANE_WEB__PORT": str(self._web_port),
             "CONTROLPLANE_PROXY__PORT": str(self._proxy_port),
             "CONTROLPLANE_WEBHOOK__BEARER_TOKENS": self._webhook_token,
+            "CONTROLPLANE_WEBHOOK__HMAC_SECRETS": self._webhook_secret,
+            "CONTROLPLANE_WEBHOOK__HMAC_TIMESTAMP_HEADER": "X-Grafana-Alerting-Timestamp",
             "CONTROLPLANE_OPERATOR__TOKENS": f"demo:{self.operator_token}",
             "CONTROLPLANE_SLURM__URL": self.slurm.url,
             "CONTROLPLANE_SLURM__USER_NAME": self.slurm.user_name,
@@ -104,6 +110,15 @@ class Site(Server):
             "CONTROLPLANE_PROBE__INTERVAL_SECONDS": "1",
             **(self._options.settings or {}),
         }
+
+    def _sources(self) -> Sources:
+        contact_points = {
+            "CONTROLPLANE_WEBHOOK_URL": f"{self.web_url}/webhooks/grafana",
+            "CONTROLPLANE_WEBHOOK_HMAC_SECRET": self._webhook_secret,
+            "CONTROLPLANE_WEBHOOK_BEARER_TOKEN": self._webhook_token,
+        }
+        scrape_interval = self.prometheus.scrape_interval_seconds
+        return Sources(self.prometheus.url, scrape_interval, self.database_url, contact_points)
 
     def start_control_plane(self) -> None:
         """`controlplane serve`, and wait until both its halves can work."""
@@ -156,6 +171,8 @@ class Site(Server):
         )
         self._parts.enter_context(self.prometheus)
         self.start_control_plane()
+        self._parts.callback(self.data_sources.forget)
+        self.data_sources.write(self._sources())
 
     def _private_database(self) -> str:
         server = self._parts.enter_context(PrivatePostgres(self.directory / "postgres"))
@@ -167,6 +184,8 @@ class Site(Server):
             await replica_sets.apply(db, self._options.replica_set, actor="demo", now=now)
             await self._forget_an_earlier_site(db, now)
             self.api_key, _ = await keys.create(db, "demo", models=None, expires_at=None, actor="demo", now=now)
+            budget = {"monthly_tokens": _BUDGET_TOKENS}
+            await tenants.set_limits(db, "demo", budget, actor="demo", now=now)
 
     async def _forget_an_earlier_site(self, db: Database, now: datetime) -> None:
         """A database that was given may tell of replicas whose Slurm is gone: every site begins with an empty one."""
