@@ -213,7 +213,6 @@ def test_variables_that_are_ours_or_none_are_refused(variable: str) -> None:
         (with_vllm(model_path='/models/"a"'), "vllm.model_path"),
         (replace(with_vllm(image="venv"), template="vllm-venv"), "vllm.image"),
         (replace(with_vllm(model_path="Qwen/Qwen3-8B"), template="vllm-venv"), "vllm.model_path"),
-        (replace(SPEC, slurm=SlurmResources(time_limit_seconds=60, nodes=2)), "slurm.nodes"),
         (replace(SPEC, slurm=None, endpoints=(ExternalEndpoint("http://h"),)), "slurm"),
         (replace(SPEC, template=None), "template"),
         (replace(SPEC, template="../secrets"), "template"),
@@ -227,7 +226,9 @@ def test_a_spec_the_template_cannot_run_is_refused_with_the_field_named(spec: Re
 
 
 def test_an_unknown_template_is_refused_with_the_known_ones_named(site: Path) -> None:
-    with pytest.raises(ScriptError, match=r"no template nope\.sbatch .*there are: argv, fake-vllm, vllm-apptainer, vllm-venv$"):
+    with pytest.raises(
+        ScriptError, match=r"no template nope\.sbatch .*there are: argv, fake-vllm, vllm-apptainer, vllm-venv$"
+    ):
         rendered(replace(SPEC, template="nope"), site)
 
 
