@@ -20,6 +20,16 @@ import yaml
 
 from controlplane.demo.children import Server, free_ports, is_listening, program
 
+DCGM_RELABELLING: Sequence[Mapping[str, Any]] = (
+    # dcgm-exporter is about to rename the label; rules and dashboards know neither name
+    {"source_labels": ["Hostname"], "regex": "(.+)", "target_label": "hostname"},
+    {"regex": "Hostname", "action": "labeldrop"},
+    {"source_labels": ["hostname"], "regex": r"([^.]+)(\..*)?", "replacement": "$1", "target_label": "node"},
+    {"source_labels": ["hpc_job"], "regex": "(.+)", "target_label": "slurm_job_id"},
+    {"regex": "hpc_job", "action": "labeldrop"},
+)
+"""As in prometheus/prometheus.yaml, for sites."""
+
 _READY_SECONDS = 30.0
 
 
@@ -180,17 +190,16 @@ def _prometheus_config(options: PrometheusOptions) -> dict[str, Any]:
         discovery = {"url": options.sd_url, "refresh_interval": f"{options.sd_refresh_seconds}s"}
         jobs.append({"job_name": "vllm", "http_sd_configs": [discovery]})
         if options.dcgm_path is not None:
-            # dcgm-exporter is about to rename the label; rules and dashboards know the new name
-            rename = [
-                {"source_labels": ["Hostname"], "regex": "(.+)", "target_label": "hostname"},
-                {"action": "labeldrop", "regex": "Hostname"},
-            ]
             jobs.append(
                 {
                     "job_name": "dcgm",
                     "metrics_path": options.dcgm_path,
                     "http_sd_configs": [discovery],
-                    "metric_relabel_configs": rename,
+                    # a real exporter knows of no replica
+                    "relabel_configs": [
+                        {"action": "labeldrop", "regex": "model|replica_set|replica|node|slurm_job_id"},
+                    ],
+                    "metric_relabel_configs": list(DCGM_RELABELLING),
                 }
             )
     config: dict[str, Any] = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,7 +21,7 @@ import httpx
 from controlplane.clock import utc_now
 from controlplane.core.types import Move, Phase, Reason, ReplicaSetSpec
 from controlplane.db import Database, DatabaseOptions, keys, migrate, replica_sets, replicas
-from controlplane.demo.alert_rules import Pace, convert
+from controlplane.demo.alert_rules import Pace, convert, quickened
 from controlplane.demo.children import Server, free_ports
 from controlplane.demo.postgres import PrivatePostgres
 from controlplane.demo.prometheus import Alertmanager, AlertmanagerOptions, Prometheus, PrometheusOptions
@@ -31,6 +31,7 @@ ALERT_RULES = (
     Path(__file__).resolve().parents[2] / "grafana" / "alerts",  # a checkout
     Path(sys.prefix) / "share" / "controlplane" / "grafana" / "alerts",  # an installed package
 )
+RECORDING_RULES = tuple(folder.parents[1] / "prometheus" / "rules.yaml" for folder in ALERT_RULES)
 _READY_SECONDS = 30.0
 
 
@@ -39,7 +40,7 @@ class SiteOptions:
     replica_set: ReplicaSetSpec
     nodes: int = 4
     gpus_per_node: int = 8
-    time_scale: float = 0.1  # of every duration in the alert rules
+    time_scale: float = 0.1  # of every duration in the alert and recording rules
     database_url: str | None = None  # None: a private server
     settings: Mapping[str, str] | None = None  # further CONTROLPLANE_* variables
 
@@ -126,7 +127,10 @@ class Site(Server):
         self.alertmanager = Alertmanager(self.directory / "alertmanager", webhook)
         self._parts.enter_context(self.alertmanager)
         rules = self.directory / "rules.yml"
-        rules.write_text(convert(_alert_rules(), Pace(self._options.time_scale)))
+        recording_rules = self.directory / "recording-rules.yml"
+        pace = Pace(self._options.time_scale)
+        rules.write_text(convert(_first_found(ALERT_RULES), pace, acting_only=True))
+        recording_rules.write_text(quickened(_first_found(RECORDING_RULES), pace))
         self.prometheus = Prometheus(
             self.directory / "prometheus",
             PrometheusOptions(
@@ -135,7 +139,7 @@ class Site(Server):
                     "controlplane": [f"127.0.0.1:{self._web_port}"],
                     "proxy": [f"127.0.0.1:{self._proxy_port}"],
                 },
-                rule_files=[rules],
+                rule_files=[recording_rules, rules],
                 alertmanager=self.alertmanager.address,
             ),
         )
@@ -177,5 +181,5 @@ class Site(Server):
         )
 
 
-def _alert_rules() -> Path:
-    return next((folder for folder in ALERT_RULES if folder.is_dir()), ALERT_RULES[0])
+def _first_found(paths: Sequence[Path]) -> Path:
+    return next((path for path in paths if path.exists()), paths[0])

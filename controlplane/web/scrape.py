@@ -70,6 +70,9 @@ async def observe(db: Database, now: datetime) -> list[Metric]:
         "controlplane_replicas", "Replicas that have not ended", labels=["replica_set", "phase"]
     )
     desired = GaugeMetricFamily("controlplane_replicas_desired", "Replicas wanted", labels=["replica_set", "model"])
+    paused = GaugeMetricFamily(
+        "controlplane_paused", "1: the set is paused, and has no replicas", labels=["replica_set"]
+    )
     ready = GaugeMetricFamily(
         "controlplane_replicas_routable", "Endpoints that requests are sent to", labels=["replica_set", "model"]
     )
@@ -78,6 +81,7 @@ async def observe(db: Database, now: datetime) -> list[Metric]:
             if phase in LIVE_PHASES:
                 by_phase.add_metric([one.name, phase], phases[one.name, phase])
         desired.add_metric([one.name, one.spec.model], one.desired_replicas)
+        paused.add_metric([one.name], one.is_paused)
         ready.add_metric([one.name, one.spec.model], routable[one.name])
     confirmed = GaugeMetricFamily(
         "controlplane_endpoint_last_confirmed_age_seconds",
@@ -113,7 +117,7 @@ async def observe(db: Database, now: datetime) -> list[Metric]:
     for source in (*Source, PROXY):
         stale.add_metric([source], stale_by_source.get(source, 0))
     return [
-        *(by_phase, desired, ready, confirmed, late, pending, stale),
+        *(by_phase, desired, paused, ready, confirmed, late, pending, stale),
         *await _troubles(db, [one.name for one in sets]),
         *await _holdings(db, {(one.name, one.spec.model) for one in sets if not one.spec.is_external}, live, now),
         await _tenants(db, now),

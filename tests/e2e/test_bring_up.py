@@ -248,7 +248,7 @@ class Webhook:
             return "application/json", f'[{{"targets": ["{self.address}"], "labels": {labels}}}]'
         metrics = {
             "/metrics": f"vllm:num_requests_running 4\nvllm:num_requests_waiting {self.waiting}\n",
-            "/dcgm/metrics": 'DCGM_FI_DEV_GPU_UTIL{gpu="0",Hostname="n1"} 95\n',
+            "/dcgm/metrics": 'DCGM_FI_DEV_GPU_UTIL{gpu="0",Hostname="n1.site",hpc_job="1"} 95\n',
         }
         return "text/plain", metrics[path]
 
@@ -298,7 +298,7 @@ def test_a_queue_at_an_engine_becomes_a_webhook_and_its_end_another(
     )
     eventually_sync(lambda: prometheus.query('up{job="vllm"} == 1'), timeout_seconds=20)
     [gpu] = eventually_sync(lambda: prometheus.query("DCGM_FI_DEV_GPU_UTIL"), timeout_seconds=20)
-    assert (gpu.value, gpu.labels["hostname"], gpu.labels["replica"]) == (95, "n1", "r1")
+    assert (gpu.value, gpu.labels["node"], gpu.labels["slurm_job_id"]) == (95, "n1", "1")
     assert not webhook.bodies
 
     webhook.waiting = 30

@@ -161,6 +161,14 @@ async def test_metrics_tell_what_tenants_used_of_their_month(rig: WebRig) -> Non
     assert (await scraped(rig))["controlplane_tenant_tokens", ("used", "lab")] == 0
 
 
+async def test_metrics_tell_which_sets_are_paused(rig: WebRig) -> None:
+    for name in ("a", "b"):
+        await make_set(rig.db, name)
+    await replica_sets.pause(rig.db, "b", actor="ann", now=NOW)
+    found = await scraped(rig)
+    assert (found["controlplane_paused", ("a",)], found["controlplane_paused", ("b",)]) == (0, 1)
+
+
 async def test_a_set_scaled_to_zero_is_there_with_zeros(rig: WebRig) -> None:
     await make_set(rig.db)
     found = await scraped(rig)
