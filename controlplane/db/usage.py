@@ -191,6 +191,15 @@ async def report(db: Database, by: By, first: date, end: date, now: datetime, *,
     return Report(lines, row["idle_gpu_seconds"], row["gpu_seconds"])
 
 
+async def load_gpus_held(db: Database) -> dict[tuple[str, str], int]:
+    """GPUs of the jobs that run, by replica set and the model that their replicas were made to serve."""
+    async with db.connection() as connection:
+        cursor = await connection.execute(
+            "SELECT replica_set, model, sum(gpus)::bigint AS gpus FROM job_runs WHERE ended_at IS NULL GROUP BY 1, 2"
+        )
+        return {(row["replica_set"], row["model"]): row["gpus"] for row in await cursor.fetchall()}
+
+
 async def forget_batches(db: Database, *, older_than: timedelta, now: datetime) -> int:
     """Forget the batch numbers of workers that stored nothing for so long; returns how many went."""
     async with db.connection() as connection:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,7 +22,7 @@ import httpx
 from controlplane.clock import utc_now
 from controlplane.core.types import Move, Phase, Reason, ReplicaSetSpec
 from controlplane.db import Database, DatabaseOptions, keys, migrate, replica_sets, replicas, tenants
-from controlplane.demo.alert_rules import Pace, convert
+from controlplane.demo.alert_rules import Pace, convert, quickened
 from controlplane.demo.children import Server, free_ports
 from controlplane.demo.fake_dcgm import jobs as gpu_jobs
 from controlplane.demo.gpu_exporters import GpuExporterOptions, GpuExporters
@@ -35,6 +35,7 @@ ALERT_RULES = (
     Path(__file__).resolve().parents[2] / "grafana" / "alerts",  # a checkout
     Path(sys.prefix) / "share" / "controlplane" / "grafana" / "alerts",  # an installed package
 )
+RECORDING_RULES = tuple(folder.parents[1] / "prometheus" / "rules.yaml" for folder in ALERT_RULES)
 _READY_SECONDS = 30.0
 _BUDGET_TOKENS = 20_000_000  # of the month: to be seen, and more than the demo uses in days
 
@@ -44,7 +45,7 @@ class SiteOptions:
     replica_set: ReplicaSetSpec
     nodes: int = 4
     gpus_per_node: int = 8
-    time_scale: float = 0.1  # of every duration in the alert rules
+    time_scale: float = 0.1  # of every duration in the alert and recording rules
     database_url: str | None = None  # None: a private server
     settings: Mapping[str, str] | None = None  # further CONTROLPLANE_* variables
 
@@ -154,7 +155,10 @@ class Site(Server):
         self.alertmanager = Alertmanager(self.directory / "alertmanager", webhook)
         self._parts.enter_context(self.alertmanager)
         rules = self.directory / "rules.yml"
-        rules.write_text(convert(_alert_rules(), Pace(self._options.time_scale)))
+        recording_rules = self.directory / "recording-rules.yml"
+        pace = Pace(self._options.time_scale)
+        rules.write_text(convert(_first_found(ALERT_RULES), pace, acting_only=True))
+        recording_rules.write_text(quickened(_first_found(RECORDING_RULES), pace))
         self.prometheus = Prometheus(
             self.directory / "prometheus",
             PrometheusOptions(
@@ -163,7 +167,7 @@ class Site(Server):
                     "controlplane": [f"127.0.0.1:{self._web_port}"],
                     "proxy": [f"127.0.0.1:{self._proxy_port}"],
                 },
-                rule_files=[rules],
+                rule_files=[recording_rules, rules],
                 alertmanager=self.alertmanager.address,
                 dcgm_path=None,
                 dcgm_targets=self.gpu_exporters.addresses,
@@ -211,5 +215,5 @@ class Site(Server):
         )
 
 
-def _alert_rules() -> Path:
-    return next((folder for folder in ALERT_RULES if folder.is_dir()), ALERT_RULES[0])
+def _first_found(paths: Sequence[Path]) -> Path:
+    return next((path for path in paths if path.exists()), paths[0])

@@ -22,7 +22,7 @@ from starlette.routing import Route
 from controlplane.core.held_requests import SOURCE as PROXY
 from controlplane.core.nodes import NodeCause
 from controlplane.core.pending import word_of
-from controlplane.core.types import LIVE_PHASES, Phase
+from controlplane.core.types import LIVE_PHASES, Phase, Replica
 from controlplane.db import (
     Database,
     DatabaseError,
@@ -33,6 +33,8 @@ from controlplane.db import (
     replica_sets,
     replicas,
     slurm_jobs,
+    tenants,
+    usage,
 )
 from controlplane.metrics import ControlPlaneMetrics
 from controlplane.web.payloads import Source
@@ -59,7 +61,8 @@ def routes(db: Database, metrics: ControlPlaneMetrics, clock: Callable[[], datet
 async def observe(db: Database, now: datetime) -> list[Metric]:
     """The metrics that are read from the database. Raises DatabaseError."""
     sets = await replica_sets.load_all(db)
-    phases = Counter((one.replica_set, one.phase) for one in await replicas.load_live(db))
+    live = await replicas.load_live(db)
+    phases = Counter((one.replica_set, one.phase) for one in live)
     to_route = await endpoints.load_routable(db)
     routable = Counter(one.replica_set for one in to_route)
     overdue = Counter(one.replica_set for one in to_route if one.yields_at is not None and one.yields_at <= now)
@@ -67,6 +70,9 @@ async def observe(db: Database, now: datetime) -> list[Metric]:
         "controlplane_replicas", "Replicas that have not ended", labels=["replica_set", "phase"]
     )
     desired = GaugeMetricFamily("controlplane_replicas_desired", "Replicas wanted", labels=["replica_set", "model"])
+    paused = GaugeMetricFamily(
+        "controlplane_paused", "1: the set is paused, and has no replicas", labels=["replica_set"]
+    )
     ready = GaugeMetricFamily(
         "controlplane_replicas_routable", "Endpoints that requests are sent to", labels=["replica_set", "model"]
     )
@@ -75,6 +81,7 @@ async def observe(db: Database, now: datetime) -> list[Metric]:
             if phase in LIVE_PHASES:
                 by_phase.add_metric([one.name, phase], phases[one.name, phase])
         desired.add_metric([one.name, one.spec.model], one.desired_replicas)
+        paused.add_metric([one.name], one.is_paused)
         ready.add_metric([one.name, one.spec.model], routable[one.name])
     confirmed = GaugeMetricFamily(
         "controlplane_endpoint_last_confirmed_age_seconds",
@@ -109,7 +116,12 @@ async def observe(db: Database, now: datetime) -> list[Metric]:
     stale_by_source = await alerts.count_stale(db)
     for source in (*Source, PROXY):
         stale.add_metric([source], stale_by_source.get(source, 0))
-    return [by_phase, desired, ready, confirmed, late, pending, stale, *await _troubles(db, [one.name for one in sets])]
+    return [
+        *(by_phase, desired, paused, ready, confirmed, late, pending, stale),
+        *await _troubles(db, [one.name for one in sets]),
+        *await _holdings(db, {(one.name, one.spec.model) for one in sets if not one.spec.is_external}, live, now),
+        await _tenants(db, now),
+    ]
 
 
 async def _troubles(db: Database, names: Iterable[str]) -> list[Metric]:
@@ -129,6 +141,43 @@ async def _troubles(db: Database, names: Iterable[str]) -> list[Metric]:
     for cause in NodeCause:
         excluded.add_metric([cause], marked[cause])
     return [backing_off, excluded]
+
+
+async def _holdings(
+    db: Database, sets: Iterable[tuple[str, str]], live: Iterable[Replica], now: datetime
+) -> list[Metric]:
+    """What the sets' jobs hold of the cluster, and for how long they may."""
+    held = GaugeMetricFamily(
+        "controlplane_gpus_held",
+        "GPUs of the jobs that run, those that load or drain included",
+        labels=["replica_set", "model"],
+    )
+    gpus = dict.fromkeys(sets, 0) | await usage.load_gpus_held(db)
+    for labels, count in gpus.items():
+        held.add_metric(labels, count)
+    left = GaugeMetricFamily(
+        "controlplane_replica_walltime_left_seconds",
+        "Until the time limit ends the replica's job; absent until Slurm told of it",
+        labels=["replica_set", "replica"],
+    )
+    ends = await slurm_jobs.load_ends(db)
+    for one in live:
+        if one.name in ends:
+            left.add_metric([one.replica_set, one.name], max(0.0, (ends[one.name] - now).total_seconds()))
+    return [held, left]
+
+
+async def _tenants(db: Database, now: datetime) -> Metric:
+    tokens = GaugeMetricFamily(
+        "controlplane_tenant_tokens",
+        "Tokens of the UTC month: what a tenant used of them, and what it may use, where that is bounded",
+        labels=["tenant", "kind"],
+    )
+    for tenant in await tenants.load_all(db, now):
+        tokens.add_metric([tenant.name, "used"], tenant.month_tokens)
+        if tenant.limits.monthly_tokens is not None:
+            tokens.add_metric([tenant.name, "budget"], tenant.limits.monthly_tokens)
+    return tokens
 
 
 class _Joined(Collector):

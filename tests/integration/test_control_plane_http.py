@@ -8,8 +8,8 @@ from datetime import timedelta
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from controlplane.core.types import ExternalEndpoint, HandOver, JobState, Phase, ReplicaSetSpec
-from controlplane.db import Database, DatabaseOptions, endpoints, leases, replica_sets
+from controlplane.core.types import ExternalEndpoint, HandOver, JobState, Phase, ReplicaSetSpec, SlurmResources
+from controlplane.db import Database, DatabaseOptions, endpoints, keys, leases, replica_sets, tenants, usage
 from controlplane.db.endpoints import Target
 from controlplane.web import Part, PartStatus
 from controlplane.web.service_discovery import target_group
@@ -124,6 +124,49 @@ async def test_an_endpoint_that_serves_within_the_margin_of_its_walltimes_end_is
         await make_ready(rig.db, replica, f"http://n{number}:20000", ends_at=NOW + timedelta(seconds=600 + left))
     rig.now = NOW + timedelta(seconds=600)
     assert (await scraped(rig))["controlplane_hand_over_late", ("a",)] == 1
+
+
+async def test_metrics_tell_what_jobs_hold_and_for_how_long_they_may(rig: WebRig) -> None:
+    a = await make_set(rig.db, slurm=SlurmResources(time_limit_seconds=3600, nodes=2, gpus_per_node=4))
+    await make_set(rig.db, "b", model="other")
+    running, draining = [await make_replica(rig.db, a, phase) for phase in (Phase.RUNNING, Phase.DRAINING)]
+    await make_set(rig.db, model="renamed", slurm=a.spec.slurm)
+    ends_at = NOW + timedelta(seconds=600)
+    for one in (running, draining):
+        await observe(rig.db, one, JobState.RUNNING, started_at=NOW, ends_at=ends_at)
+    waiting = await make_replica(rig.db, await replica_sets.load(rig.db, "b"), Phase.QUEUED)
+    await observe(rig.db, waiting, JobState.PENDING)
+    rig.now = NOW + timedelta(seconds=90)
+    found = await scraped(rig)
+    held = {labels: value for (name, labels), value in found.items() if name == "controlplane_gpus_held"}
+    assert held == {("m", "a"): 16, ("renamed", "a"): 0, ("other", "b"): 0}
+    left = {labels: value for (name, labels), value in found.items() if name.startswith("controlplane_replica_wall")}
+    assert left == {(running.name, "a"): 510, (draining.name, "a"): 510}
+    rig.now = ends_at + timedelta(seconds=5)
+    assert (await scraped(rig))["controlplane_replica_walltime_left_seconds", (running.name, "a")] == 0
+    await observe(rig.db, running, JobState.COMPLETED, started_at=NOW, ends_at=ends_at)
+    assert (await scraped(rig))["controlplane_gpus_held", ("m", "a")] == 8
+
+
+async def test_metrics_tell_what_tenants_used_of_their_month(rig: WebRig) -> None:
+    for tenant in ("lab", "guests"):
+        await keys.create(rig.db, tenant, models=None, expires_at=None, actor="ann", now=NOW)
+    await tenants.set_limits(rig.db, "lab", {"monthly_tokens": 500}, actor="ann", now=NOW)
+    row = usage.Row(NOW.date(), "lab", "m", 0, None, 1, 0, 70, 30, 20)
+    assert await usage.store(rig.db, "w", 1, [row])
+    found = await scraped(rig)
+    tokens = {labels: value for (name, labels), value in found.items() if name == "controlplane_tenant_tokens"}
+    assert tokens == {("used", "lab"): 100, ("budget", "lab"): 500, ("used", "guests"): 0}
+    rig.now = NOW + timedelta(days=31)
+    assert (await scraped(rig))["controlplane_tenant_tokens", ("used", "lab")] == 0
+
+
+async def test_metrics_tell_which_sets_are_paused(rig: WebRig) -> None:
+    for name in ("a", "b"):
+        await make_set(rig.db, name)
+    await replica_sets.pause(rig.db, "b", actor="ann", now=NOW)
+    found = await scraped(rig)
+    assert (found["controlplane_paused", ("a",)], found["controlplane_paused", ("b",)]) == (0, 1)
 
 
 async def test_a_set_scaled_to_zero_is_there_with_zeros(rig: WebRig) -> None:
