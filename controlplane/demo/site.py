@@ -42,6 +42,8 @@ class SiteOptions:
     time_scale: float = 0.1  # of every duration in the alert rules
     database_url: str | None = None  # None: a private server
     settings: Mapping[str, str] | None = None  # further CONTROLPLANE_* variables
+    scrape_interval_seconds: int = 1
+    dcgm_path: str | None = "/dcgm/metrics"  # of replicas that have metrics of GPUs beside their own
 
 
 class Site(Server):
@@ -135,6 +137,8 @@ class Site(Server):
                     "controlplane": [f"127.0.0.1:{self._web_port}"],
                     "proxy": [f"127.0.0.1:{self._proxy_port}"],
                 },
+                dcgm_path=self._options.dcgm_path,
+                scrape_interval_seconds=self._options.scrape_interval_seconds,
                 rule_files=[rules],
                 alertmanager=self.alertmanager.address,
             ),
