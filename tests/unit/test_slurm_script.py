@@ -211,6 +211,8 @@ def test_variables_that_are_ours_or_none_are_refused(variable: str) -> None:
         (with_vllm(model_path="Qwen/Qwen3-8B"), "vllm.model_path"),
         (with_vllm(model_path="/models/a:b"), "vllm.model_path"),
         (with_vllm(model_path='/models/"a"'), "vllm.model_path"),
+        (replace(with_vllm(image="venv"), template="vllm-venv"), "vllm.image"),
+        (replace(with_vllm(model_path="Qwen/Qwen3-8B"), template="vllm-venv"), "vllm.model_path"),
         (replace(SPEC, slurm=SlurmResources(time_limit_seconds=60, nodes=2)), "slurm.nodes"),
         (replace(SPEC, slurm=None, endpoints=(ExternalEndpoint("http://h"),)), "slurm"),
         (replace(SPEC, template=None), "template"),
@@ -225,7 +227,7 @@ def test_a_spec_the_template_cannot_run_is_refused_with_the_field_named(spec: Re
 
 
 def test_an_unknown_template_is_refused_with_the_known_ones_named(site: Path) -> None:
-    with pytest.raises(ScriptError, match=r"no template nope\.sbatch .*there are: argv, fake-vllm, vllm-apptainer$"):
+    with pytest.raises(ScriptError, match=r"no template nope\.sbatch .*there are: argv, fake-vllm, vllm-apptainer, vllm-venv$"):
         rendered(replace(SPEC, template="nope"), site)
 
 
@@ -354,6 +356,24 @@ def test_the_container_is_given_the_key_and_the_sites_variables(jobs: Any) -> No
     assert seen["APPTAINERENV_HF_HUB_OFFLINE"] == "0"
     assert seen["APPTAINERENV_VLLM_NO_USAGE_STATS"] == "1"
     assert "APPTAINERENV_PATH" not in seen
+
+
+def test_vllm_is_started_from_a_virtual_environment_with_every_value_verbatim(jobs: Any, server: Path) -> None:
+    venv = server.parent / "ven v"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "vllm").symlink_to(server)
+    args = tuple(value for value in HOSTILE if value)
+    spec = replace(with_vllm(image=str(venv), model_path="/models/it's $(x)", args=args), template="vllm-venv")
+    job = jobs(spec, mode="0", REPLICA_HOST="127.0.0.1")
+    job.end()
+    assert job.record()["argv"] == [
+        f"{venv}/bin/vllm", "serve", "/models/it's $(x)", "--served-model-name", "qwen",
+        "--host", "127.0.0.1", "--port", "8123", "--shutdown-timeout", "30", *args,
+    ]  # fmt: skip
+    seen = job.record()["environment"]
+    assert seen["VLLM_API_KEY"] == SECRET
+    assert seen["HOME"] == job.record()["cwd"], "nothing of the user's own gets in"
+    assert (seen["PYTHONNOUSERSITE"], seen["HF_HUB_OFFLINE"]) == ("1", "1")
 
 
 def test_the_fake_is_started_with_every_value_verbatim(jobs: Any, server: Path) -> None:
