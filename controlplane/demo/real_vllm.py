@@ -37,6 +37,7 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "VLLM_HOST_IP": "127.0.0.1",
     "GLOO_SOCKET_IFNAME": "lo",
+    "REPLICA_HOST": "127.0.0.1",  # read by the template
 }
 """Of a job that runs it."""
 

@@ -203,6 +203,7 @@ def _faults_of(story: Story, spec: ReplicaSetSpec) -> list[str]:
 
 def _stay(site: Site, play: Play, console: Console) -> None:
     """Say where everything is, and wait for Ctrl-C."""
+    model = play.site.replica_set.model
     variables = {**site.settings(), "SLURM_CONF": str(site.slurm.conf_file)}
     exports = "\n".join(f"export {name}='{value}'" for name, value in variables.items())
     console.rule("everything stays up until Ctrl-C")
@@ -215,7 +216,7 @@ def _stay(site: Site, play: Play, console: Console) -> None:
         f"PostgreSQL     {site.database_url}\n\n"
         f"curl {site.proxy_url}/v1/chat/completions -H 'Authorization: Bearer {site.api_key}' \\\n"
         f"  -H 'Content-Type: application/json' \\\n"
-        f"""  -d '{{"model": "{play.site.replica_set.model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'\n\n"""
+        f"""  -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'\n\n"""
         f"For the command lines (`controlplane get replicas --watch`, `squeue`):\n{exports}",
         soft_wrap=True,
         markup=False,

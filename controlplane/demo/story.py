@@ -114,7 +114,8 @@ class Story:
     async def starts_and_drains(self) -> list[tuple[str, str, timedelta]]:
         """How long each replica took to be routable since it was made, and to have drained: (what, replica, time)."""
         history = await replicas.load_history(self.db, since=self.began)
-        reached = {(step.replica, step.to_phase): step.at for step in reversed(history)}  # the first time, if there are several
+        # reversed: of several times that a replica reached a phase, the first counts
+        reached = {(step.replica, step.to_phase): step.at for step in reversed(history)}
         found = [
             ("made to routable", name, at - reached[name, Phase.PENDING])
             for name, at in sorted(self._routable_since.items())

@@ -2,9 +2,9 @@
 
     build/vllm/bin/python controlplane/demo/tiny_model.py FOLDER
 
-Run by the Python of vLLM's venv, which has the tokenizer's library, and so importing nothing of this package. The folder
-holds a tokenizer, trained on this package's own source, and the model's shape, but no weights: vLLM makes random ones
-up (`--load-format dummy`). What such a model says is a salad of words, as long as `max_tokens` with `ignore_eos`.
+Run by the Python of vLLM's venv, which has the tokenizer's library, and so importing nothing of this package. The
+folder holds a tokenizer, trained on this package's own source, and the model's shape, but no weights: vLLM makes random
+ones up (`--load-format dummy`). What such a model says is a salad of words, `max_tokens` long with `ignore_eos`.
 """
 
 from __future__ import annotations

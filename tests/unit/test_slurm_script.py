@@ -227,7 +227,9 @@ def test_a_spec_the_template_cannot_run_is_refused_with_the_field_named(spec: Re
 
 
 def test_an_unknown_template_is_refused_with_the_known_ones_named(site: Path) -> None:
-    with pytest.raises(ScriptError, match=r"no template nope\.sbatch .*there are: argv, fake-vllm, vllm-apptainer, vllm-venv$"):
+    with pytest.raises(
+        ScriptError, match=r"no template nope\.sbatch .*there are: argv, fake-vllm, vllm-apptainer, vllm-venv$"
+    ):
         rendered(replace(SPEC, template="nope"), site)
 
 
