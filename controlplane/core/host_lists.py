@@ -15,9 +15,14 @@ _RANGE: Final = re.compile(r"(\d{1,12})(?:-(\d{1,12}))?")
 
 def expand(expression: str) -> frozenset[str]:
     """Every name that the expression stands for; "" and "(null)" stand for none. Raises ValueError if it is not one."""
+    return frozenset(in_order(expression))
+
+
+def in_order(expression: str) -> list[str]:
+    """The same names in the order in which they are written: of a job's nodes, the first one runs its batch script."""
     if expression in ("", "(null)"):
-        return frozenset()
-    names: set[str] = set()
+        return []
+    names: list[str] = []
     at = 0
     while at < len(expression):
         element = _ELEMENT.match(expression, at)
@@ -27,9 +32,9 @@ def expand(expression: str) -> frozenset[str]:
         pieces = [_numbers(bracket) if bracket else [text] for bracket, text in _PIECE.findall(element[0])]
         if len(names) + math.prod(map(len, pieces)) > _MOST:
             raise ValueError(f"more than {_MOST} nodes: {expression[:64]}")
-        names |= {"".join(parts) for parts in itertools.product(*pieces)}
+        names += ["".join(parts) for parts in itertools.product(*pieces)]
         at += 1
-    return frozenset(names)
+    return names
 
 
 def _numbers(bracket: str) -> list[str]:

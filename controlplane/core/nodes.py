@@ -73,7 +73,11 @@ class SlurmNode:
 
 @dataclass(frozen=True, slots=True)
 class NodeRun:
-    """What one replica's job did on one node. `failed_there`: Slurm says that the node failed under it."""
+    """What one replica's job did on one node. `failed_there`: Slurm says that the node failed under it.
+
+    A job on several nodes has a run on each, and all of them tell the same: nobody knows which one was at fault. Those
+    that were not are let in again by a start that succeeds on them, or soon.
+    """
 
     replica: str
     replica_set: str
@@ -126,6 +130,15 @@ def expand(expression: str) -> frozenset[str] | None:
         return host_lists.expand(expression)
     except ValueError:
         return None
+
+
+def first_node(expression: str) -> str:
+    """Of a job's nodes, the one where its batch script runs and its replica serves. What cannot be read is returned."""
+    try:
+        names = host_lists.in_order(expression)
+    except ValueError:
+        return expression
+    return names[0] if names else ""
 
 
 # --- which marks there shall be ----------------------------------------------------------------------------
@@ -261,7 +274,9 @@ def _starts_elsewhere(node: str, same: Iterable[NodeRun]) -> bool:
 
     It need not be there still: where one replica is wanted, Slurm may give each successor the same broken node.
     """
-    return any(run.node != node and run.first_ready_at is not None for run in same)
+    same = tuple(same)
+    were_here = {run.replica for run in same if run.node == node}
+    return any(run.replica not in were_here and run.first_ready_at is not None for run in same)
 
 
 # --- what the marks mean for one set's jobs ------------------------------------------------------------------

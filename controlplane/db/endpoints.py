@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 
 from controlplane.core.engines import runs_at_once
 from controlplane.core.hand_over import yields_at
+from controlplane.core.nodes import first_node
 from controlplane.core.types import Endpoint, HandOver, Health, Replica, RoutableEndpoint, RoutingPolicy, ServedModel
 from controlplane.db.pool import Database
 
@@ -32,7 +33,7 @@ class Target:
     model: str
     replica_set: str
     replica: str
-    node: str
+    node: str  # of several, the one where the server answers
     slurm_job_id: int | None
 
 
@@ -136,7 +137,7 @@ async def load_targets(db: Database) -> list[Target]:
             f"FROM {_FROM} LEFT JOIN slurm_jobs j ON j.replica_id = r.id AND j.job_id = r.slurm_job_id "
             "WHERE e.replica_id IS NULL OR (r.phase IN ('RUNNING', 'DRAINING') AND j.state = 'RUNNING') ORDER BY e.id"
         )
-        return [Target(**row) for row in await cursor.fetchall()]
+        return [Target(**{**row, "node": first_node(row["node"])}) for row in await cursor.fetchall()]
 
 
 def _routable(row: DictRow) -> RoutableEndpoint:

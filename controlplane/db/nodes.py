@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 
 from psycopg.rows import DictRow
 
-from controlplane.core.nodes import NodeCause, NodeMark, NodeRun, clear, is_node_name
+from controlplane.core.nodes import NodeCause, NodeMark, NodeRun, clear, expand, is_node_name
 from controlplane.core.types import Reason
 from controlplane.db import audit
 from controlplane.db.pool import Connection, Database, wake
@@ -118,7 +118,7 @@ async def follow(db: Database, due: Callable[[tuple[NodeMark, ...]], Due], *, ac
 
 
 async def load_runs(db: Database, since: datetime) -> tuple[NodeRun, ...]:
-    """What every job that lives, or ended since then, did on the node that it had."""
+    """What every job that lives, or ended since then, did on each node that it had."""
     async with db.connection() as connection:
         cursor = await connection.execute(
             """
@@ -134,8 +134,9 @@ async def load_runs(db: Database, since: datetime) -> tuple[NodeRun, ...]:
             (since,),
         )
         return tuple(
-            NodeRun(**{**row, "reason": Reason(row["reason"]) if row["reason"] else None})
+            NodeRun(**{**row, "node": node, "reason": Reason(row["reason"]) if row["reason"] else None})
             for row in await cursor.fetchall()
+            for node in sorted(expand(row["node"]) or ())
         )
 
 

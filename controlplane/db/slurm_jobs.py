@@ -64,7 +64,7 @@ async def load_ends(db: Database) -> dict[str, datetime]:
         cursor = await connection.execute(
             "SELECT r.name, j.ends_at "
             "FROM slurm_jobs j JOIN replicas r ON r.id = j.replica_id AND r.slurm_job_id = j.job_id "
-            "WHERE r.phase <> 'ENDED' AND j.ends_at IS NOT NULL"
+            "WHERE r.phase <> 'ENDED' AND j.ends_at IS NOT NULL AND j.state <> 'COMPLETING'"
         )
         return {row["name"]: row["ends_at"] for row in await cursor.fetchall()}
 

@@ -16,7 +16,7 @@ from loguru import logger
 
 from controlplane.core.back_off import BackOff, explained
 from controlplane.core.lifecycle import advance, comment_for, is_anothers, job_of, twins_of
-from controlplane.core.nodes import NodeRules
+from controlplane.core.nodes import NodeRules, first_node
 from controlplane.core.planning import PlanRules, Scene, back_off, idle_since, plan
 from controlplane.core.reservations import Closing
 from controlplane.core.scaling import Pressure, decide, help_for, longest_period, pressures
@@ -289,7 +289,7 @@ class ReplicaLoop:
     async def _find_endpoint(self, replica: Replica, job: SlurmJob) -> None:
         """Nobody has to call home: the host is Slurm's to tell, the port and the secret are ours."""
         try:
-            address = await self._slurm.node_address(job.batch_host or job.nodes)
+            address = await self._slurm.node_address(job.batch_host or first_node(job.nodes))
         except SlurmError as error:
             logger.warning("the node's address is not known yet", replica=replica.name, why=str(error))
             return
@@ -366,7 +366,13 @@ def _scene(
         replicas=own,
         endpoints=world.endpoints,
         past=tuple(world.past.get(replica_set.name, ())),
-        ends_at=world.ends_at | {name: job.ends_at for name, job in jobs.items() if job.ends_at is not None},
+        ends_at=world.ends_at
+        | {
+            name: job.ends_at
+            for name, job in jobs.items()
+            # of a job that is being ended Slurm tells when that began: no walltime's end
+            if job.ends_at is not None and job.state is not JobState.COMPLETING
+        },
         to_replace=frozenset(alert.labels["replica"] for alert in pressure.replace),
         to_vacate=seen.to_vacate(replica_set, own, jobs, last_nodes=world.last_nodes, now=now),
         forgiven_at=world.forgiven.get(replica_set.name),

@@ -12,6 +12,8 @@ names begin with `_` are only there to be extended. A template can use:
     image, model_path, args, load_seconds              as in the spec's `vllm`
     environment_names                                  of the variables in the spec's `vllm`, but PATH
     nodes, gpus_per_node                               as in the spec's `slurm`
+    master_port                                        where the ranks of one replica meet, on its first node
+    probe                                              as in the spec
     python, shutdown_timeout_seconds                   as in `ScriptOptions`
     require(condition, field, remedy)                  refuses the spec unless the condition holds
     `is absolute`, `is bindable`                       tests for paths
@@ -39,8 +41,13 @@ _SHIPPED: Final = (
 )
 _OWNED_OPTIONS: Final = (  # the control plane sets these, or relies on their not being set
     "--api-key",
+    "--headless",
     "--host",
+    "--master-addr",
+    "--master-port",
     "--model",
+    "--nnodes",
+    "--node-rank",
     "--port",
     "--root-path",
     "--served-model-name",
@@ -49,6 +56,8 @@ _OWNED_OPTIONS: Final = (  # the control plane sets these, or relies on their no
     "--ssl-keyfile",
     "--uds",
 )
+_OWNED_SHORT_OPTIONS: Final = {"-n": "--nnodes", "-r": "--node-rank"}
+_MASTER_PORT_DISTANCE: Final = 10_000
 _OWNED_VARIABLES: Final = re.compile(r"SLURM|(APPTAINERENV_|SINGULARITYENV_)?VLLM_API_KEY$")
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TEMPLATE: Final = re.compile(r"[a-z0-9][a-z0-9-]*")
@@ -95,6 +104,8 @@ def render(spec: ReplicaSetSpec, *, name: str, port: int, secret: str, options: 
         "load_seconds": spec.vllm.load_seconds,
         "nodes": spec.slurm.nodes,
         "gpus_per_node": spec.slurm.gpus_per_node,
+        "master_port": master_port(port),
+        "probe": spec.probe,
         "environment_names": tuple(variable for variable in spec.vllm.environment if variable != "PATH"),
         "python": options.python,
         "shutdown_timeout_seconds": options.shutdown_timeout_seconds,
@@ -106,6 +117,15 @@ def render(spec: ReplicaSetSpec, *, name: str, port: int, secret: str, options: 
         if any(character < " " or character == "\x7f" or "\ud800" <= character <= "\udfff" for character in text):
             raise ScriptError(field_name, "must not hold line breaks or other control characters")
     return Script(_rendered(spec.template, values, options), environment)
+
+
+def master_port(port: int) -> int:
+    """Where the ranks of the replica that listens on `port` meet.
+
+    Below the ports that systems give to outgoing connections. Two live replicas have the same only if the range of
+    replicas' ports is wider than the distance: then one of them fails, and is replaced.
+    """
+    return port - _MASTER_PORT_DISTANCE if port - _MASTER_PORT_DISTANCE >= 1024 else port + _MASTER_PORT_DISTANCE
 
 
 def check(spec: ReplicaSetSpec, options: ScriptOptions | None) -> None:
@@ -216,8 +236,9 @@ def _check_args(args: tuple[str, ...]) -> None:
     """Refuse options that are ours, in every spelling vLLM takes: with `=`, with underscores, shortened."""
     for index, argument in enumerate(args):
         option = argument.partition("=")[0].replace("_", "-")
-        if not option.startswith("--"):
-            continue
-        owned = next((known for known in _OWNED_OPTIONS if known.startswith(option)), None)
+        if option.startswith("--"):
+            owned = next((known for known in _OWNED_OPTIONS if known.startswith(option)), None)
+        else:
+            owned = _OWNED_SHORT_OPTIONS.get(option.rstrip("0123456789"))
         if owned is not None:
             raise ScriptError(f"vllm.args[{index}]", f"{owned} is set by the control plane and cannot be given")

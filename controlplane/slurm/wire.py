@@ -88,6 +88,7 @@ def write_submit(request: JobRequest, dialect: Dialect) -> dict[str, Any]:
         "account": resources.account,
         "qos": resources.qos,
         "constraints": resources.constraint,
+        "nodes": str(resources.nodes),  # 22.05 documents [least, most], takes it, and gives one node all the same
         "tasks": resources.nodes,
         "cpus_per_task": resources.cpus_per_task,
     }
@@ -95,7 +96,6 @@ def write_submit(request: JobRequest, dialect: Dialect) -> dict[str, Any]:
     if dialect.is_tagged:
         job |= {
             "environment": [f"{name}={value}" for name, value in request.environment.items()],
-            "nodes": str(resources.nodes),
             "tres_per_node": f"gres/gpu:{gpus}" if gpus else None,
             "time_limit": _tagged(minutes),
             "memory_per_node": None if resources.memory_mb_per_node is None else _tagged(resources.memory_mb_per_node),
@@ -103,7 +103,6 @@ def write_submit(request: JobRequest, dialect: Dialect) -> dict[str, Any]:
     else:
         job |= {
             "environment": dict(request.environment),
-            "nodes": [resources.nodes, resources.nodes],
             "gpus_per_node": str(gpus) if gpus else None,
             "time_limit": minutes,
             "memory_per_node": resources.memory_mb_per_node,

@@ -17,7 +17,7 @@ from controlplane.clock import utc_now
 from controlplane.core.planning import PlanRules
 from controlplane.core.types import Phase, Replica, ReplicaSetSpec, SlurmResources, VllmOptions
 from controlplane.db import Database, DatabaseOptions, endpoints, replica_sets, replicas, slurm_jobs
-from controlplane.demo.slurm_cluster import SlurmCluster
+from controlplane.demo.slurm_cluster import CommandFailed, SlurmCluster
 from controlplane.metrics import ControlPlaneMetrics
 from controlplane.reconcile.actions import ActionOptions, Actor
 from controlplane.reconcile.endpoints import EndpointLoop, EndpointOptions
@@ -146,6 +146,7 @@ async def reconciling(
                 await running
             await probing.close()
             if left := seen.jobs():
-                slurm.run("scancel", "--signal=KILL", "--full", *left)
-                slurm.run("scancel", *left)
+                for words in (["--signal=KILL", "--full"], []):
+                    with suppress(CommandFailed):  # one of them has just ended
+                        slurm.run("scancel", *words, *left)
                 await eventually(lambda: not seen.jobs(), timeout_seconds=30)

@@ -177,6 +177,11 @@ async def test_what_jobs_did_on_their_nodes_is_read_back(db: Database) -> None:
     lost = runs[failed.name]
     assert (lost.node, lost.failed_there, lost.reason, lost.ended_at) == ("n1", True, Reason.NODE_FAIL, NOW)
     assert failed.name not in {run.replica for run in await nodes.load_runs(db, NOW)}
+    await slurm_jobs.record(db, [(serving.id, a_job(serving, JobState.RUNNING, "n[2-3],m1"))], LATER)
+    of_several = [run for run in await nodes.load_runs(db, NOW) if run.replica == serving.name]
+    assert [run.node for run in of_several] == ["m1", "n2", "n3"]
+    [target] = await endpoints.load_targets(db)
+    assert target.node == "n2", "the first one serves"
 
 
 def test_nodes_on_the_command_line(database_url: str) -> None:

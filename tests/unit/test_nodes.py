@@ -19,6 +19,7 @@ from controlplane.core.nodes import (
     clear,
     due_marks,
     expand,
+    first_node,
     is_node_name,
     kept_out,
     suspicions,
@@ -55,7 +56,7 @@ def a_node(name: str, *partitions: str, features: str = "", is_usable: bool = Tr
 
 
 def a_run(node: str, reason: Reason | None = None, ended: float | None = None, **changes: Any) -> NodeRun:
-    whole = NodeRun("cp-s-1", "s", "hash", node, reason, None if ended is None else ago(ended), None)
+    whole = NodeRun(f"cp-on-{node}", "s", "hash", node, reason, None if ended is None else ago(ended), None)
     return replace(whole, **changes)
 
 
@@ -86,6 +87,13 @@ def due(
 )
 def test_node_lists_of_slurm_are_read(expression: str, names: list[str]) -> None:
     assert expand(expression) == frozenset(names)
+
+
+@pytest.mark.parametrize(
+    ("expression", "name"), [("", ""), ("n1", "n1"), ("n[08-10,12],gpu1", "n08"), ("n2,n1", "n2"), ("n[", "n[")]
+)
+def test_of_a_jobs_nodes_the_first_one_runs_its_script(expression: str, name: str) -> None:
+    assert first_node(expression) == name
 
 
 @pytest.mark.parametrize("expression", ["n[1-", "n]1", "n[a-b]", "n[3-1]", "n[1-99999999]", "n[]", "n[[1]]"])
@@ -179,6 +187,19 @@ def test_starts_that_fail_on_one_node_speak_against_it_only_if_others_start_else
         [replace(one, reason=Reason.CANCELLED_OUTSIDE) for one in failed] + [serves],
     ):
         assert suspicions(innocent, {}, now=NOW, rules=RULES) == {}
+
+
+def test_starts_on_several_nodes_speak_against_each_until_one_succeeds_there() -> None:
+    def runs(replica: str, *where: str, **changes: Any) -> list[NodeRun]:
+        return [a_run(node, replica=replica, **changes) for node in where]
+
+    failed = [run for age in (30, 20, 10) for run in runs(f"cp-s-{age}", "n1", "n2", reason=Reason.CRASHED, ended=age)]
+    before = runs("cp-s-1", "n1", "n2", first_ready_at=ago(500), reason=Reason.PREEMPTED, ended=400)
+    assert suspicions([*failed, *before], {}, now=NOW, rules=RULES) == {}, "it has never started without them"
+    elsewhere = runs("cp-s-2", "n3", "n4", first_ready_at=ago(5))
+    assert set(suspicions([*failed, *elsewhere], {}, now=NOW, rules=RULES)) == {"n1", "n2"}
+    beside = runs("cp-s-3", "n2", "n3", first_ready_at=ago(3))
+    assert set(suspicions([*failed, *elsewhere, *beside], {}, now=NOW, rules=RULES)) == {"n1"}
 
 
 def test_what_was_cleared_counts_no_more_and_what_fails_later_does() -> None:

@@ -213,7 +213,6 @@ def test_variables_that_are_ours_or_none_are_refused(variable: str) -> None:
         (with_vllm(model_path='/models/"a"'), "vllm.model_path"),
         (replace(with_vllm(image="venv"), template="vllm-venv"), "vllm.image"),
         (replace(with_vllm(model_path="Qwen/Qwen3-8B"), template="vllm-venv"), "vllm.model_path"),
-        (replace(SPEC, slurm=SlurmResources(time_limit_seconds=60, nodes=2)), "slurm.nodes"),
         (replace(SPEC, slurm=None, endpoints=(ExternalEndpoint("http://h"),)), "slurm"),
         (replace(SPEC, template=None), "template"),
         (replace(SPEC, template="../secrets"), "template"),

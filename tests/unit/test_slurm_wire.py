@@ -163,12 +163,13 @@ def test_everything_asked_for_is_written_in_both_dialects() -> None:
     request = JobRequest("n", "c", "#!", {"A": "b=c", "E": ""}, "/d", "/d/o", resources, warning_seconds=90)
     common = {
         "name": "n", "comment": "c", "hold": True, "current_working_directory": "/d", "standard_output": "/d/o",
-        "partition": "p", "account": "a", "qos": "q", "constraints": "c", "tasks": 2, "cpus_per_task": 8,
+        "partition": "p", "account": "a", "qos": "q", "constraints": "c", "nodes": "2", "tasks": 2,
+        "cpus_per_task": 8,
     }  # fmt: skip
     assert write_submit(request, OLD) == {
         "script": "#!",
         "job": {
-            **common, "environment": {"A": "b=c", "E": ""}, "nodes": [2, 2], "gpus_per_node": "4", "time_limit": 60,
+            **common, "environment": {"A": "b=c", "E": ""}, "gpus_per_node": "4", "time_limit": 60,
             "memory_per_node": 1000,
         },
     }  # fmt: skip
@@ -177,7 +178,6 @@ def test_everything_asked_for_is_written_in_both_dialects() -> None:
         "job": {
             **common,
             "environment": ["A=b=c", "E="],
-            "nodes": "2",
             "tres_per_node": "gres/gpu:4",
             "time_limit": {"set": True, "infinite": False, "number": 60},
             "memory_per_node": {"set": True, "infinite": False, "number": 1000},

@@ -23,6 +23,7 @@ from controlplane.demo.fake_vllm.dcgm import GpuOptions, visible_gpus
 from controlplane.demo.fake_vllm.engine import EngineOptions
 from controlplane.demo.fake_vllm.faults import parse_fault_flags
 from controlplane.demo.fake_vllm.prompts import ServedModel
+from controlplane.demo.fake_vllm.ranks import Ranks, follow, gather
 from controlplane.demo.fake_vllm.server import ServerOptions, serve
 
 _Number = TypeVar("_Number", int, float)
@@ -38,6 +39,11 @@ def main(arguments: list[str]) -> int:
         plan = parse_fault_flags(given.fault)
     except ValueError as error:
         parser.error(f"--fault: {error}")
+    ranks = Ranks(given.nnodes, given.node_rank, (given.master_addr, given.master_port))
+    if not given.node_rank < given.nnodes or given.headless is not (given.node_rank > 0):
+        parser.error("--node-rank must be less than --nnodes, and --headless be given for all ranks but 0")
+    if given.headless:
+        follow(ranks)
     keys = given.api_key or [key for key in (os.environ.get("VLLM_API_KEY"),) if key]
     options = ServerOptions(
         api=ApiOptions(
@@ -61,9 +67,10 @@ def main(arguments: list[str]) -> int:
     )
     try:
         bound = _bind(given.host, given.port)
+        followers = gather(ranks)
         time.sleep(given.load_seconds + plan.slow_start_seconds)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(serve(options, bound))
+            runner.run(serve(options, bound, followers))
     except OSError as error:
         print(f"OSError: {error}", file=sys.stderr)
         return 1
@@ -95,6 +102,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--kv-cache-tokens", type=_more_than_zero(int), default=131072)
     add("--load-seconds", type=_zero_or_more, default=0.0, help="time until the port listens")
     add("--shutdown-timeout", type=_zero_or_more, default=0.0, help="seconds that requests may go on after SIGTERM")
+    add("--nnodes", type=_more_than_zero(int), default=1, help="how many ranks there are, one on each node")
+    add("--node-rank", type=int, default=0, help="which one this is; 0 is the leader, which serves")
+    add("--master-addr", default="127.0.0.1", help="where the leader waits for the others")
+    add("--master-port", type=int, default=29501)
+    add("--headless", action="store_true", help="be a follower: serve nothing")
     add("--gpus", type=int, default=1, help="GPUs in /dcgm/metrics, unless CUDA_VISIBLE_DEVICES names them")
     add("--node", default=os.environ.get("SLURMD_NODENAME") or socket.gethostname())
     add("--fault", action="append", default=[], help="slow-start[=SECONDS], crash-after=SECONDS or error-rate=SHARE")

@@ -16,7 +16,7 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -27,6 +27,7 @@ from controlplane.demo.fake_vllm.dcgm import GpuMeter, GpuOptions
 from controlplane.demo.fake_vllm.engine import Engine, EngineOptions
 from controlplane.demo.fake_vllm.faults import FaultPlan, Faults
 from controlplane.demo.fake_vllm.metrics import VllmMetrics
+from controlplane.demo.fake_vllm.ranks import watch
 
 _KEEP_ALIVE_SECONDS = 5
 _INTERRUPTED = 130
@@ -51,8 +52,11 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def serve(options: ServerOptions, bound: socket.socket) -> None:
-    """Listen on `bound` and serve until SIGTERM or a crash has ended it. Raises OSError if it cannot listen."""
+async def serve(options: ServerOptions, bound: socket.socket, followers: Sequence[socket.socket] = ()) -> None:
+    """Listen on `bound` and serve until SIGTERM or a crash has ended it. Raises OSError if it cannot listen.
+
+    `followers`: the connections of the other ranks; the end of one of them is a crash.
+    """
     loop = asyncio.get_running_loop()
     model = options.api.model
     seen = VllmMetrics(model.names[0], model.max_model_len)
@@ -95,6 +99,7 @@ async def serve(options: ServerOptions, bound: socket.socket) -> None:
         loop.add_signal_handler(number, terminate)
     if options.fault_plan.crash_after_seconds is not None:
         loop.call_later(options.fault_plan.crash_after_seconds, faults.crash)
+    watch(followers, faults.crash)
     ticker = loop.create_task(engine.run())
     print(f"Serving {model.names[0]} on {bound.getsockname()}", flush=True)
     await server.serve(sockets=[bound])
