@@ -18,7 +18,7 @@ from controlplane.demo.site import SiteOptions
 
 BUSY_CLIENTS = 20
 _RUN_AT_ONCE = 4
-_START_SECONDS = 150.0  # of a machine that has other things to do; alone it takes twenty
+_START_SECONDS = 240.0  # of a machine that has other things to do; alone it takes twenty
 _MODEL_MAKER = Path(__file__).with_name("tiny_model.py")
 
 ARGUMENTS = (
@@ -68,7 +68,7 @@ def spec(venv: Path, model: Path, *, name: str = "demo") -> ReplicaSetSpec:
         vllm=VllmOptions(image=str(venv), model_path=str(model), args=ARGUMENTS, environment=ENVIRONMENT),
         scale_up=ScaleUp(cooldown_seconds=10),
         scale_down=ScaleDown(cooldown_seconds=20, stabilization_window_seconds=15),
-        start_timeout_seconds=300,
+        start_timeout_seconds=600,
         drain_timeout_seconds=120,
         # as in the demo with stand-ins: more than an engine runs at once, so that its own queue grows
         routing=RoutingPolicy(max_in_flight=64, slow_start_seconds=5),

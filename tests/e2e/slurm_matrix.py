@@ -25,6 +25,7 @@ TESTS = (
     "test_real_faults.py",
     "test_drains.py",
     "test_kill_rounds.py",
+    "test_several_nodes.py",
 )
 
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from controlplane.core.types import ExternalEndpoint, ReplicaSetSpec, SlurmResources, VllmOptions
 from controlplane.slurm.script import Script, ScriptError, ScriptOptions, render
+from tests.conftest import eventually_sync
 
 SECRET = "the-replicas-key"
 SPEC = ReplicaSetSpec(
@@ -66,7 +67,7 @@ while True:
 
 SERVER = f"""#!{sys.executable}
 # Stands for apptainer and for python: records how it was started, then does what MODE says.
-import json, os, signal, subprocess, sys
+import json, os, pathlib, signal, subprocess, sys
 
 def stop(*_):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -76,17 +77,37 @@ def stop(*_):
 
 serves = os.environ.get("MODE") == "serve"
 record = {{"argv": sys.argv, "environment": dict(os.environ), "cwd": os.getcwd(), "files": os.listdir()}}
+record["pid"] = os.getpid()
 with open(os.environ["RECORD"], "w") as file:
     json.dump(record, file)
 if serves:
     command = [sys.executable, "-c", {CHILD!r}]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     child.stdout.readline()
+    pathlib.Path(os.environ["RECORD"] + ".child-pid").write_text(str(child.pid))
     signal.signal(signal.SIGTERM, stop)
 print("ready", flush=True)
 while serves:
     signal.pause()
 sys.exit(int(os.environ["MODE"]))
+"""
+
+
+SRUN = f"""#!{sys.executable}
+# Stands for srun: starts every task here, each with a record of its own, and ends them all with the first that fails.
+import json, os, subprocess, sys
+
+options = [word for word in sys.argv[1:] if word.startswith("--")]
+command = sys.argv[1 + len(options) :]
+with open(os.environ["RECORD"] + ".srun", "w") as file:
+    json.dump(options, file)
+count = int(next(word for word in options if word.startswith("--ntasks=")).partition("=")[2])
+own = [{{"SLURM_PROCID": str(task), "RECORD": f"{{os.environ['RECORD']}}.{{task + 1}}"}} for task in range(count)]
+tasks = [subprocess.Popen(command, env={{**os.environ, **variables}}) for variables in own]
+os.wait()
+for task in tasks:
+    task.kill()
+sys.exit(1)
 """
 
 
@@ -180,7 +201,8 @@ def test_control_characters_are_refused_with_the_field_named(bad: str) -> None:
 @pytest.mark.parametrize(
     "argument",
     ["--port", "--port=1", "--host", "--api-key", "--api_key=x", "--served-model-name", "--served_model", "--model",
-     "--uds", "--shutdown-timeout=0", "--ssl-keyfile", "--root-path", "--"],
+     "--uds", "--shutdown-timeout=0", "--ssl-keyfile", "--root-path", "--nnodes=2", "--node-rank", "--master-p",
+     "--headless", "-n", "-r1", "-n=2", "--"],
 )  # fmt: skip
 def test_options_that_are_ours_are_refused_in_every_spelling(argument: str) -> None:
     with pytest.raises(ScriptError, match=r"vllm\.args\[2\]: .* set by the control plane"):
@@ -227,7 +249,9 @@ def test_a_spec_the_template_cannot_run_is_refused_with_the_field_named(spec: Re
 
 def test_an_unknown_template_is_refused_with_the_known_ones_named(site: Path) -> None:
     with pytest.raises(
-        ScriptError, match=r"no template nope\.sbatch .*there are: argv, fake-vllm, vllm-apptainer, vllm-venv$"
+        ScriptError,
+        match=r"no template nope\.sbatch .*there are: argv, fake-vllm, vllm-apptainer, vllm-apptainer-ray, "
+        r"vllm-embedding, vllm-venv, vllm-venv-ray$",
     ):
         rendered(replace(SPEC, template="nope"), site)
 
@@ -272,6 +296,22 @@ def test_the_secret_is_in_the_environment_only() -> None:
 # --- the life of a server -------------------------------------------------------------------------------
 
 
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def signal_all(job: Job, number: signal.Signals) -> None:
+    """What Slurm's cancel does: every process of the job gets it, whatever its group."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            session = (folder / "stat").read_text().rpartition(")")[2].split()[3]
+            if session == str(job.process.pid):
+                os.kill(int(folder.name), number)
+
+
 class Job:
     """A script as Slurm would start it: in its own session, with its environment and nothing else."""
 
@@ -299,8 +339,9 @@ class Job:
         said = self.process.communicate(timeout=30)[1]
         return self.process.returncode, said
 
-    def record(self) -> dict[str, Any]:
-        return dict(json.loads(self.record_path.read_text()))
+    def record(self, rank: int = 0) -> dict[str, Any]:
+        path = Path(f"{self.record_path}.{rank}") if rank else self.record_path
+        return dict(json.loads(path.read_text()))
 
 
 @pytest.fixture
@@ -308,10 +349,10 @@ def server(tmp_path: Path) -> Path:
     """A program that stands for apptainer, in a directory with a hostile name."""
     directory = tmp_path / "bin $(touch marker) 'x'"
     directory.mkdir()
-    path = directory / "apptainer"
-    path.write_text(SERVER)
-    path.chmod(0o755)
-    return path
+    for name, program in {"srun": SRUN, "apptainer": SERVER}.items():
+        (directory / name).write_text(program)
+        (directory / name).chmod(0o755)
+    return directory / "apptainer"
 
 
 @pytest.fixture
@@ -326,8 +367,7 @@ def jobs(tmp_path: Path, server: Path) -> Iterator[Any]:
 
     yield start
     for job in started:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(job.process.pid, signal.SIGKILL)
+        signal_all(job, signal.SIGKILL)
         job.process.communicate()
 
 
@@ -419,7 +459,7 @@ def test_a_stop_reaches_the_servers_main_process_alone_and_is_a_success(
 def test_slurms_cancel_which_signals_every_process_is_a_stop_as_well(jobs: Any) -> None:
     job = jobs(mode="serve")
     job.wait_until_it_serves()
-    os.killpg(job.process.pid, signal.SIGTERM)
+    signal_all(job, signal.SIGTERM)
     assert job.end() == (0, "replica: stopped as asked\n")
 
 
@@ -431,3 +471,88 @@ def test_a_server_killed_from_outside_is_a_failure(jobs: Any) -> None:
     code, said = job.end()
     assert code == 128 + signal.SIGKILL
     assert "ended unasked" in said
+    orphan = int(Path(f"{job.record_path}.child-pid").read_text())
+    eventually_sync(lambda: not is_alive(orphan))  # it would hold its GPU, where Slurm does not find it
+
+
+# --- several nodes --------------------------------------------------------------------------------------
+
+THREE = replace(SPEC, slurm=SlurmResources(time_limit_seconds=600, nodes=3, gpus_per_node=2))
+
+
+def on_three_nodes(jobs: Any, spec: ReplicaSetSpec = THREE) -> Job:
+    """All ranks serve."""
+    job: Job = jobs(spec, mode="serve", REPLICA_INTERFACE="lo")
+    for _ in range(3):
+        job.wait_until_it_serves()
+    return job
+
+
+def test_every_rank_is_given_the_same_words_and_its_number(jobs: Any, tmp_path: Path) -> None:
+    args = tuple(value for value in HOSTILE if value)
+    spec = replace(THREE, vllm=replace(THREE.vllm, args=args, model_path="/models/it's $(x) `y`"))
+    job = on_three_nodes(jobs, spec)
+    works = [job.record(rank)["cwd"] for rank in range(3)]
+    assert len(set(works)) == 3
+    for rank in range(3):
+        assert job.record(rank)["argv"][1:] == [
+            "exec", "--nv", "--home", works[rank], "--bind", "/models/it's $(x) `y`:/models/it's $(x) `y`:ro",
+            "/images/vllm.sif", "vllm", "serve", "/models/it's $(x) `y`", "--served-model-name", "qwen",
+            "--host", "0.0.0.0", "--port", "8123", "--shutdown-timeout", "30", *args,
+            "--nnodes", "3", "--node-rank", str(rank), "--master-addr", "127.0.0.1", "--master-port", "18123",
+            *(["--headless"] if rank else []),
+        ]  # fmt: skip
+        seen = job.record(rank)["environment"]
+        assert seen["APPTAINERENV_VLLM_API_KEY"] == SECRET
+        assert (seen["VLLM_HOST_IP"], seen["NCCL_SOCKET_IFNAME"]) == ("127.0.0.1", "lo")
+    assert SECRET not in Path(f"/proc/{job.process.pid}/cmdline").read_text()
+    options = json.loads(Path(f"{job.record_path}.srun").read_text())
+    assert {"--nodes=2", "--ntasks=2", "--relative=1", "--kill-on-bad-exit=1"} <= set(options)
+    assert not list(tmp_path.rglob("marker"))
+
+
+@pytest.mark.parametrize("asked_by", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_reaches_the_leader_alone(jobs: Any, asked_by: signal.Signals) -> None:
+    job = on_three_nodes(jobs)
+    job.process.send_signal(asked_by)
+    assert job.process.wait(30) == 0
+    for rank in (1, 2):
+        state = Path(f"/proc/{job.record(rank)['pid']}/stat").read_text().rpartition(")")[2].split()[0]
+        assert state == "S", "it waits; Slurm ends it with the job"
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_rank_that_ends_ends_the_job_as_a_failure(jobs: Any, rank: int) -> None:
+    """Also where the leader would not have noticed."""
+    job = on_three_nodes(jobs)
+    os.kill(job.record(rank)["pid"], signal.SIGKILL)
+    assert job.process.wait(30) == 128 + signal.SIGKILL
+    orphan = int(Path(f"{job.record_path}{f'.{rank}' if rank else ''}.child-pid").read_text())
+    eventually_sync(lambda: not is_alive(orphan))
+
+
+def test_no_rank_dies_of_a_warning_that_reaches_every_process(jobs: Any) -> None:
+    job = on_three_nodes(jobs)
+    for rank in (1, 2):
+        os.kill(job.record(rank)["pid"], signal.SIGUSR1)
+        os.kill(job.record(rank)["pid"], signal.SIGTERM)  # in this order: it has survived the first one
+    assert job.process.wait(30) != 0
+    said = job.process.communicate()[1]
+    assert "rank 1 of 3 ended, with exit code 0" in said or "rank 2 of 3 ended, with exit code 0" in said
+
+
+@pytest.mark.parametrize("kind", ["vllm-apptainer", "vllm-venv"])
+def test_with_ray_the_leader_alone_is_a_server(kind: str) -> None:
+    spec = replace(THREE, template=f"{kind}-ray", vllm=replace(THREE.vllm, image="/software/vllm"))
+    text = rendered(spec).text
+    assert "--distributed-executor-backend ray" in text
+    assert "--headless" not in text
+    alone = rendered(replace(spec, slurm=SPEC.slurm)).text
+    assert "ray" not in alone.replace("array", "")
+
+
+def test_an_embedding_model_must_be_probed_as_one() -> None:
+    spec = replace(SPEC, template="vllm-embedding")
+    with pytest.raises(ScriptError, match=r"probe: must be embedding"):
+        rendered(spec)
+    assert "  --runner pooling\n" in rendered(replace(spec, probe="embedding")).text
