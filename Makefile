@@ -12,11 +12,12 @@ SYSTEM_PYTHON = $(shell for python in /usr/bin/python3 python3; do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-vllm test test-vllm test-vllm-nodes test-slurm-matrix sim sim-mutations \
-	kill-rounds hand-over bench-webhooks bench-proxy bench-proxy-peers bench-idle-streams soak outage fuzz check lock clean packages \
-	bench-packages node-packages vllm-cpu python
+.PHONY: help setup demo demo-vllm test test-vllm test-vllm-nodes test-slurm-matrix sim sim-mutations kill-rounds \
+	hand-over bench-webhooks bench-proxy bench-proxy-peers bench-idle-streams soak outage fuzz check lock clean \
+	packages bench-packages node-packages vllm-cpu python
 
 VLLM := build/vllm
+
 SEEDS := 1000
 
 help: ## say what can be made
