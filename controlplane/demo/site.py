@@ -48,6 +48,7 @@ class SiteOptions:
     time_scale: float = 0.1  # of every duration in the alert and recording rules
     database_url: str | None = None  # None: a private server
     settings: Mapping[str, str] | None = None  # further CONTROLPLANE_* variables
+    scrape_interval_seconds: int = 1
 
 
 class Site(Server):
@@ -168,6 +169,7 @@ class Site(Server):
                     "proxy": [f"127.0.0.1:{self._proxy_port}"],
                 },
                 rule_files=[recording_rules, rules],
+                scrape_interval_seconds=self._options.scrape_interval_seconds,
                 alertmanager=self.alertmanager.address,
                 dcgm_path=None,
                 dcgm_targets=self.gpu_exporters.addresses,

@@ -52,6 +52,7 @@ class Story:
     latest: Snapshot | None = None
     _told: set[tuple[str, datetime, str]] = field(default_factory=set)
     _alerts: set[tuple[str, datetime]] = field(default_factory=set)
+    _routable_since: dict[str, datetime] = field(default_factory=dict)  # by replica
 
     @property
     def chapter(self) -> str:
@@ -76,7 +77,8 @@ class Story:
         latest = await self._tell_decisions()
         await self._tell_steps()
         for endpoint in seen.values():
-            if endpoint.first_ready_at is not None:
+            if endpoint.replica is not None and endpoint.first_ready_at is not None:
+                self._routable_since[endpoint.replica] = endpoint.first_ready_at
                 self.tell(endpoint.first_ready_at, f"{endpoint.replica} is routable at {endpoint.url}", "replica")
         p50 = self.load.recent_ttft_seconds(0.5)
         self.most_routable = max(self.most_routable, routable)
@@ -107,6 +109,23 @@ class Story:
             found.append(
                 (f"{after[0].replica}, job {after[0].slurm_job_id}", after[0].at - came, after[0].at - decision.at)
             )
+        return found
+
+    async def starts_and_drains(self) -> list[tuple[str, str, timedelta]]:
+        """How long each replica took to be routable since it was made, and to have drained: (what, replica, time)."""
+        history = await replicas.load_history(self.db, since=self.began)
+        # reversed: of several times that a replica reached a phase, the first counts
+        reached = {(step.replica, step.to_phase): step.at for step in reversed(history)}
+        found = [
+            ("made to routable", name, at - reached[name, Phase.PENDING])
+            for name, at in sorted(self._routable_since.items())
+            if (name, Phase.PENDING) in reached
+        ]
+        found += [
+            ("drained in", name, reached[name, Phase.STOPPING] - at)
+            for (name, phase), at in sorted(reached.items())
+            if phase is Phase.DRAINING and (name, Phase.STOPPING) in reached
+        ]
         return found
 
     async def _tell_alerts(self) -> None:

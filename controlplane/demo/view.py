@@ -114,7 +114,11 @@ def event_line(event: Event, began: datetime) -> Text:
 
 
 def summary(
-    console: Console, story: Story, latencies: list[tuple[str, timedelta, timedelta]], faults: list[str]
+    console: Console,
+    story: Story,
+    latencies: list[tuple[str, timedelta, timedelta]],
+    spans: list[tuple[str, str, timedelta]],
+    faults: list[str],
 ) -> None:
     """The timeline, the numbers, and the verdict."""
     console.rule("timeline")
@@ -125,6 +129,8 @@ def summary(
     table = Table(show_header=False, box=None)
     for name, words in _numbers(story, story.load.count, latencies):
         table.add_row(name, words)
+    for name, replica, span in spans:
+        table.add_row(name, f"{replica}: {_milliseconds(span)}")
     console.print(table)
     for words in story.load.count.first_words:
         console.print(f"  [red]failed:[/] {words}", soft_wrap=True)
