@@ -24,9 +24,9 @@ from controlplane.core.types import Move, Phase, Reason, ReplicaSetSpec
 from controlplane.db import Database, DatabaseOptions, keys, migrate, replica_sets, replicas, tenants
 from controlplane.demo.alert_rules import Pace, convert, quickened
 from controlplane.demo.children import Server, free_ports
+from controlplane.demo.data_sources import DataSources, Sources
 from controlplane.demo.fake_dcgm import jobs as gpu_jobs
 from controlplane.demo.gpu_exporters import GpuExporterOptions, GpuExporters
-from controlplane.demo.data_sources import DataSources, Sources
 from controlplane.demo.postgres import PrivatePostgres
 from controlplane.demo.prometheus import Alertmanager, AlertmanagerOptions, Prometheus, PrometheusOptions
 from controlplane.demo.slurm_cluster import SlurmCluster
