@@ -704,7 +704,8 @@ async def test_a_submit_has_the_shapes_that_this_release_has_taken(
     assert written["job"]["hold"] is True
     ours = {"name", "comment", "standard_output", "environment", "current_working_directory"}
     for key in written["job"].keys() - ours:
-        assert written["job"][key] == taken[key], key
+        # 22.05 took the list that was recorded, and did not heed it; tests/e2e/test_several_nodes.py tries the text
+        assert written["job"][key] == ("1" if key == "nodes" else taken[key]), key
     assert type(written["job"]["environment"]) is type(taken["environment"])
     assert ("requeue" in written["job"]) == recording.is_tagged  # 22.05 takes `false` for `true`
     assert "signal" not in written["job"]  # 22.05 can only signal job steps
