@@ -64,7 +64,7 @@ def ranks_of(slurm: SlurmCluster, replica: Replica) -> dict[int, Process]:
 
 
 def log_of(slurm: SlurmCluster, replica: Replica) -> str:
-    return Path(log_path(slurm.jobs_directory, replica.name, replica.slurm_job_id or 0)).read_text()
+    return Path(log_path(slurm.jobs_directory, replica.name, replica.slurm_job_id or 0, SPEC.model)).read_text()
 
 
 async def served(site: Reconciling, *, other_than: Replica | None = None) -> Replica:
