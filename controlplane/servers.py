@@ -15,7 +15,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol, cast
 
 import uvicorn
@@ -25,6 +25,7 @@ from starlette.types import ASGIApp
 _BACKLOG = 2048
 _KEEP_ALIVE_SECONDS = 75  # longer than clients keep idle connections: it is they who close them, between requests
 _NEWCOMERS_SECONDS = 1.0  # who has connected sends a request at once, or keeps the connection for later
+_DATE_SECONDS = 1.0
 _LOOK_SECONDS = 0.02
 _CLOSING = (b"connection", b"close")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -68,6 +69,7 @@ class Server(uvicorn.Server):
         self.name = name
         self._on_stop = on_stop
         self._newcomers_seconds = min(_NEWCOMERS_SECONDS, drain_timeout_seconds)
+        self._is_told = asyncio.Event()  # to stop
         super().__init__(
             uvicorn.Config(
                 app,
@@ -91,11 +93,20 @@ class Server(uvicorn.Server):
         self._on_stop()
         self._announce_end()
         self.should_exit = True
+        self._is_told.set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Say so when requests are answered: an app may take its time before."""
         await super().startup(sockets)
         logger.info(f"serving the {self.name} at {self.url}")
+
+    async def main_loop(self) -> None:
+        """uvicorn's wakes ten times a second to look whether it shall end. This one is told; `date` is renewed each
+        second, as it is there each tenth time."""
+        while not await self.on_tick(0):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_DATE_SECONDS):
+                    await self._is_told.wait()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         # uvicorn would close every connection that has no request, and what waits in the kernel's queue with the socket

@@ -133,8 +133,8 @@ class Database:
             for channel in channels:
                 await connection.execute(sql.SQL("LISTEN {}").format(sql.Identifier(channel)))
             yield ""
-            async for notification in connection.notifies():
-                yield notification.channel
+            async for channel in _notified(connection):
+                yield channel
 
     async def _check(self, connection: Connection) -> None:
         with _patience(connection, self._options.timeout_seconds):
@@ -153,6 +153,25 @@ class Database:
             **_LOST_HOST,
             "options": f"-c statement_timeout={milliseconds} -c timezone=UTC {_NO_FROZEN_LOCKS}",
         }
+
+
+async def _notified(connection: Connection) -> AsyncIterator[str]:
+    """psycopg's own `notifies` wakes ten times a second to look for signals, which costs an idle process most of what
+    it does. Raises psycopg.OperationalError when the connection breaks."""
+    loop, server = asyncio.get_running_loop(), connection.pgconn
+    has_come = asyncio.Event()
+    has_come.set()  # it may have while LISTEN was said
+    file = connection.fileno()
+    loop.add_reader(file, has_come.set)
+    try:
+        while True:
+            await has_come.wait()
+            has_come.clear()
+            server.consume_input()
+            while (notification := server.notifies()) is not None:
+                yield notification.relname.decode()
+    finally:
+        loop.remove_reader(file)
 
 
 @asynccontextmanager

@@ -87,11 +87,6 @@ SCRAPED: Mapping[str, frozenset[str]] = {
     "DCGM_EXP_XID_ERRORS_COUNT": GPU_LABELS | {"slurm_job_id", "xid", "job", "instance"},
 }
 """What others' exporters say, by dcgm-exporter's default and recommended counters; vLLM's is asked for as recorded."""
-TO_BE_DOCUMENTED: Mapping[str, frozenset[str]] = {
-    "controlplane_gpus_held": frozenset({"replica_set", "model"}),
-    "controlplane_replica_walltime_left_seconds": frozenset({"replica_set", "replica"}),
-    "controlplane_tenant_tokens": frozenset({"tenant", "kind"}),
-}
 _OF_PROMQL = """
 by without on ignoring group_left group_right bool offset and or unless sum min max avg count group topk bottomk
 quantile count_values stddev rate irate increase delta deriv histogram_quantile clamp_min clamp_max clamp vector
@@ -166,7 +161,7 @@ def metrics_of(expression: str) -> dict[str, set[str]]:
 
 def known_metrics() -> dict[str, frozenset[str]]:
     """Every metric that boards may ask for, with its labels; of histograms the series."""
-    found = {**RECORDED, **SCRAPED, **TO_BE_DOCUMENTED}
+    found = {**RECORDED, **SCRAPED}
     for name, (kind, labels) in entries("Metrics of the control plane", "Metrics of the proxy").items():
         if kind == "histogram":
             found |= {f"{name}_bucket": labels | {"le"}, f"{name}_sum": labels, f"{name}_count": labels}

@@ -343,7 +343,6 @@ def test_two_control_planes_that_tell_the_same_do_not_count_twice(tmp_path: Path
     )
 
 
-@pytest.mark.skipif(not RULES.is_file(), reason="no recording rules are shipped")
 def test_recorded_series_are_those_of_the_rules() -> None:
     recorded = {
         rule["record"]: rule["expr"]

@@ -231,7 +231,7 @@ def _asked(name: str, title: str, description: str, many: bool, is_hidden: bool)
 
 def _decisions(condition: str) -> AnnotationQuery:
     asked = sql(f"""
-        SELECT decided_at AS time, replica_set || ': ' || sentence AS text, reason AS tags
+        SELECT decided_at AS time, sentence AS text, reason AS tags
           FROM grafana.decisions
          WHERE $__timeFilter(decided_at) AND {condition}
          ORDER BY decided_at
