@@ -72,18 +72,23 @@ BUSY = {**engine(running="20x3000", up="1x3000", waiting="0x3000"), target("vllm
 def test_slow_first_tokens_ask_for_a_replica_until_they_are_quick_again() -> None:
     # 90 min of quick ones, 30 min in which half of them are slow, and quick ones again
     series = BUSY | first_tokens("0+4x540 2160+2x180 2524+4x1000", "0+4x2000")
-    firing(series, {"90m": [], "100m": [], "118m": [FIRST_TOKEN], "121m": [FIRST_TOKEN], "128m": [], "160m": []})
+    firing(
+        series,
+        {"90m": [], "100m": [], "118m": [FIRST_TOKEN], "121m": [FIRST_TOKEN], "128m": [], "160m": []},
+        evaluated_each="30s",
+    )
 
 
 def test_first_tokens_that_are_a_little_too_slow_for_hours_ask_for_a_replica() -> None:
     series = BUSY | first_tokens("0+17x2000", "0+20x2000")
-    firing(series, {"5h": [FIRST_TOKEN]})
+    firing(series, {"5h": [FIRST_TOKEN]}, evaluated_each="60s")
 
 
 def test_share_of_slow_first_tokens_near_the_limit_does_not_flap() -> None:
     # 30 % are slow, then 7 %, below the limit and not half of it, then 25 %, for a quarter of an hour each
     series = BUSY | first_tokens("0+7x540 3781+9.3x90 4619+7.5x90 5295+9.3x90 6133+7.5x90", "0+10x1000")
-    firing(series, {time: [FIRST_TOKEN] for time in ("85m", "99m", "104m", "115m", "129m", "134m", "145m")})
+    times = ("85m", "99m", "104m", "115m", "129m", "134m", "145m")
+    firing(series, {time: [FIRST_TOKEN] for time in times}, evaluated_each="30s")
 
 
 @pytest.mark.parametrize(
@@ -97,7 +102,8 @@ def test_share_of_slow_first_tokens_near_the_limit_does_not_flap() -> None:
     ],
 )
 def test_first_tokens_that_prove_nothing_ask_for_nothing(within_objective: str, all_of_them: str) -> None:
-    firing(BUSY | first_tokens(within_objective, all_of_them), {"60m": [], "105m": [], "110m": [], "130m": []})
+    series = BUSY | first_tokens(within_objective, all_of_them)
+    firing(series, {"60m": [], "105m": [], "110m": [], "130m": []}, evaluated_each="30s")
 
 
 @pytest.mark.parametrize(
