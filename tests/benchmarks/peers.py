@@ -66,8 +66,8 @@ class Peer:
         if mark.exists() and mark.read_text() == self.requirement:
             return venv / "bin"
         python = shutil.which(self.python)
-        if python is None:
-            raise CannotInstall(f"it needs {self.python}, which is not there")
+        if python is None or subprocess.run([python, "--version"], capture_output=True, check=False).returncode != 0:
+            raise CannotInstall(f"it needs {self.python}, which is not there, or does not run")
         shutil.rmtree(venv, ignore_errors=True)
         VENVS.mkdir(parents=True, exist_ok=True)
         print(f"installing {self.requirement} ...", file=sys.stderr)
