@@ -58,6 +58,7 @@ class Seats(Generic[W]):
         self.most = 0  # with those in reserve
         self.taken = 0
         self.waiting = 0
+        self._kept = 0  # free, of those that run, where others came lately
         self._weight_of = weight_of
         self._guests: dict[str, Guest[W]] = {}
         self._lines: dict[Guest[W], None] = {}  # who waits
@@ -71,6 +72,7 @@ class Seats(Generic[W]):
         """
         self.runs = runs + leaving if runs else 0
         self.most = self.runs + math.ceil(runs * RESERVE)
+        self._kept = int(runs * KEPT_FREE)  # of what leaves, nothing will be free
         self._keep_free()
 
     def guest(self, tenant: str) -> Guest[W]:
@@ -99,7 +101,7 @@ class Seats(Generic[W]):
         self._keep_free()
 
     def _keep_free(self) -> None:
-        self.open = self.runs - int(self.runs * KEPT_FREE) if len(self._guests) > 1 else self.runs
+        self.open = self.runs - self._kept if len(self._guests) > 1 else self.runs
 
     # --- seats --------------------------------------------------------------------------------------------
 
@@ -116,6 +118,7 @@ class Seats(Generic[W]):
         """Give one of its seats back."""
         self.taken -= 1
         guest.seats -= 1
+        guest.seen_at = None
 
     def _has_reserved_seat(self, guest: Guest[W]) -> bool:
         return self.taken < self.most and guest.seats * self._weights < self.runs * guest.weight

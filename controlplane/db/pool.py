@@ -17,8 +17,8 @@ import asyncio
 import os
 import secrets
 import socket
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -133,8 +133,9 @@ class Database:
             for channel in channels:
                 await connection.execute(sql.SQL("LISTEN {}").format(sql.Identifier(channel)))
             yield ""
-            async for channel in _notified(connection):
-                yield channel
+            async with aclosing(_notified(connection)) as notified:  # the loop lets go of the socket while it is open
+                async for channel in notified:
+                    yield channel
 
     async def _check(self, connection: Connection) -> None:
         with _patience(connection, self._options.timeout_seconds):
@@ -155,7 +156,7 @@ class Database:
         }
 
 
-async def _notified(connection: Connection) -> AsyncIterator[str]:
+async def _notified(connection: Connection) -> AsyncGenerator[str, None]:
     """psycopg's own `notifies` wakes ten times a second to look for signals, which costs an idle process most of what
     it does. Raises psycopg.OperationalError when the connection breaks."""
     loop, server = asyncio.get_running_loop(), connection.pgconn

@@ -143,8 +143,10 @@ class Directory:
                     wait_seconds = _FIRST_WAIT_SECONDS
                     self._wake.set()
             except DatabaseError as error:
-                # A database that is away is the read's to report; it is one outage, hence one line.
-                if await self.refresh() and not is_deaf:
+                # A database that is away is the read's to report; it is one outage, hence one line. One that was away
+                # and can be read by now may be listened to by now as well: if not, that is said next time.
+                was_away = self._is_failing
+                if await self.refresh() and not (was_away or is_deaf):
                     logger.warning(
                         "the directory is not told of changes", error=str(error), reads_every=self._refresh_seconds
                     )

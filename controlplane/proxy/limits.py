@@ -196,6 +196,9 @@ class Limits:
             if not self._is_failing:
                 logger.warning("limits are not shared; each worker keeps to its part of them", error=str(error))
             self._is_failing = True
+            now = self._clock()
+            for tenant in self._tenants.values():
+                tenant.turn(now)
             return False
         if self._is_failing:
             logger.info("limits are shared again", workers=heard.workers)
@@ -380,6 +383,12 @@ class _Tenant:
         self._taken_requests = self._taken_tokens = 0
         self._concurrent_before = self._concurrent
         self._sure_until = -math.inf
+
+    def turn(self, now: float) -> None:
+        """Let the minutes slide: what a request is found to have used when it ends counts from about then."""
+        self._catch_up(now)
+        self._minute_requests.used(now)
+        self._minute_tokens.used(now)
 
     def _left_of(self, kind: int, limit: int, now: float) -> float:
         shared = self._shared

@@ -67,7 +67,13 @@ def command(*arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess
 @contextmanager
 def started(*arguments: str, env: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
     line = [sys.executable, "-m", "controlplane.cli", *arguments]
-    with subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # a child inherits that SIGINT is ignored, as it is in what a shell starts in the background
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        child = subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with child as process:
         try:
             yield process
         finally:

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import psycopg
 import pytest
@@ -105,3 +105,46 @@ async def test_an_idle_connection_to_a_frozen_process_is_exchanged(database_url:
             return row is not None and row["pid"] != frozen
 
         await eventually(another, timeout_seconds=30)
+
+
+async def test_who_stops_listening_in_the_middle_leaves_nothing_behind_in_the_event_loop(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its socket's number is soon another one's, who would wait for ever if it were no longer watched."""
+    loop = asyncio.get_running_loop()
+    let_go: list[bool] = []
+    remove = loop.remove_reader
+
+    def note(file: int) -> bool:
+        was_watched = remove(file)
+        with suppress(OSError):
+            os.fstat(file)
+            let_go.append(was_watched)
+        return was_watched
+
+    async with opened(database_url) as db:
+        heard = db.listen("one", "two")
+        assert await anext(heard) == ""
+        async with db.connection() as connection:
+            await connection.execute("SELECT pg_notify('two', '')")
+        assert await anext(heard) == "two"
+        monkeypatch.setattr(loop, "remove_reader", note)
+        await heard.aclose()  # type: ignore[attr-defined]  # a generator, whatever it is said to be
+        assert let_go == [True], "while the socket was open"
+
+
+async def test_many_notifications_at_once_are_all_heard(database_url: str) -> None:
+    async with opened(database_url) as db:
+        heard = db.listen("one", "two")
+        assert await anext(heard) == ""
+        async with db.connection() as connection:
+            await connection.execute("SELECT pg_notify('one', repeat('x', 200) || n) FROM generate_series(1, 2000) n")
+            await connection.execute("SELECT pg_notify('two', '')")
+        count = 0
+        async with asyncio.timeout(20):
+            async for channel in heard:
+                if channel == "two":
+                    break
+                count += 1
+        await heard.aclose()  # type: ignore[attr-defined]
+        assert count == 2000

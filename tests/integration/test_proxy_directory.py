@@ -76,7 +76,12 @@ class Wire:
         await self._server.wait_closed()
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        server = self._server
         far_reader, far_writer = await asyncio.open_connection(self._there.hostname, self._there.port)
+        if server is not self._server or server is None or not server.is_serving():
+            writer.transport.abort()  # it was cut meanwhile
+            far_writer.transport.abort()
+            return
         self._ends |= {writer, far_writer}
         await asyncio.gather(_copy(reader, far_writer), _copy(far_reader, writer))
         self._ends -= {writer, far_writer}
@@ -181,28 +186,30 @@ async def test_requests_go_on_while_postgresql_is_away_and_changes_are_seen_when
     options = replace(QUICK, refresh_seconds=0.2)
     async with (
         laid_wire(database_url) as wire,
-        opened(wire.url, timeout_seconds=0.3) as cut_off,
+        opened(wire.url, timeout_seconds=1.0) as cut_off,
         upstream(reply) as server,
     ):
         await make_routable(db, server.url)
         async with running_proxy(cut_off, options, key=await make_key(db)) as proxy:
-            assert (await proxy.ready()).json() == {"status": "ready"}
+            await until(proxy.ready, lambda answer: answer.json() == {"status": "ready"})
+            lines.clear()  # on a busy machine a read may have taken too long before
             await wire.cut()
             degraded = await until(proxy.ready, lambda answer: answer.json()["status"] == "degraded")
             assert degraded.status_code == 200
             assert degraded.json()["message"].startswith("PostgreSQL cannot be read: the endpoints and keys in use are")
             assert (await proxy.chat()).status_code == 200
+            await eventually(lambda: "the directory cannot be read; the last one stays in use" in lines)
             before = proxy.metric("proxy_directory_age_seconds")
-            await eventually(lambda: proxy.metric("proxy_directory_age_seconds") > before + 0.3)
+            await eventually(lambda: proxy.metric("proxy_directory_age_seconds") > before + 1.5)  # others failed, too
+            assert lines.count("the directory cannot be read; the last one stays in use") == 1
 
             later = await make_key(db)
             await wire.lay()
             proxy.client.headers["authorization"] = f"Bearer {later}"
             await until(proxy.chat, lambda answer: answer.status_code == 200)
-            assert (await proxy.ready()).json() == {"status": "ready"}
+            await until(proxy.ready, lambda answer: answer.json() == {"status": "ready"})
             await eventually(lambda: proxy.metric("proxy_directory_age_seconds") < 0.5)
-    assert lines.count("the directory cannot be read; the last one stays in use") == 1
-    assert lines.count("the directory can be read again") == 1
+    assert "the directory can be read again" in lines
     assert "the directory is not told of changes" not in lines
 
 

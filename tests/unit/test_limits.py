@@ -129,6 +129,19 @@ async def test_tokens_are_taken_as_they_may_be_needed_and_given_back_as_they_wer
     assert refusal(limits, 2.0).code == "rate_limit_exceeded"
 
 
+async def test_what_a_long_answer_used_counts_from_its_end_while_the_database_is_away() -> None:
+    now = 0.0
+    nowhere = Database(DatabaseOptions("postgresql://127.0.0.1:1/x"))
+    limits = Limits(nowhere, "w", tally=Recorded(), today=lambda: MONTH, clock=lambda: now)
+    limits.follow({"lab": TenantLimits(tokens_per_minute=1000)}, now)
+    grant = admitted(limits, now, max_tokens=10)
+    now = 150.0
+    assert not await limits.exchange()
+    grant.settle(5000)
+    assert not await limits.exchange()
+    assert refusal(limits, 151.0).code == "rate_limit_exceeded"
+
+
 async def test_settling_twice_is_harmless(make: Callable[..., Limits]) -> None:
     limits = make(max_concurrent=2, tokens_per_minute=100)
     first = admitted(limits, 0.0)
