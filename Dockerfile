@@ -17,6 +17,8 @@ COPY pyproject.toml README.md LICENSE ./
 COPY controlplane controlplane
 COPY sbatch sbatch
 COPY grafana grafana
+COPY loki loki
+COPY prometheus prometheus
 RUN python -m pip wheel --no-deps --no-build-isolation --wheel-dir /wheels .
 RUN python -m pip --python /opt/controlplane/bin/python install --no-deps --no-index --find-links /wheels controlplane
 

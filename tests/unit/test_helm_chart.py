@@ -116,6 +116,20 @@ def test_everything_that_the_chart_has_is_rendered_with_everything_on() -> None:
     assert kinds >= {"ConfigMap", "Secret", "ServiceAccount", "NetworkPolicy", "Pod"}
 
 
+def test_a_cluster_begins_in_one_way() -> None:
+    """CloudNativePG refuses two: who restores a backup says so, and gets no empty database beside it."""
+    for spec, bootstrap in (
+        ({}, {"initdb": {"database": "controlplane", "owner": "controlplane"}}),
+        ({"bootstrap": {"recovery": {"source": "old"}}}, {"recovery": {"source": "old"}}),
+        (
+            {"bootstrap": {"initdb": {"dataChecksums": True}}},
+            {"initdb": {"database": "controlplane", "owner": "controlplane", "dataChecksums": True}},
+        ),
+    ):
+        values = merged(values_of("everything"), cloudnativepg={"spec": spec})
+        assert render(values).one("Cluster", "database")["spec"]["bootstrap"] == bootstrap
+
+
 def test_by_default_there_is_nothing_that_needs_an_operator_or_a_secret_of_the_charts_making() -> None:
     release = rendered("default")
     assert not [one for one in release.documents if one["apiVersion"] in FOREIGN]
@@ -134,8 +148,8 @@ def test_the_chart_is_of_the_version_that_it_installs() -> None:
 # --- names and labels ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["controlplane", "a", LONG])
-def test_every_name_fits_into_a_label(name: str) -> None:
+@pytest.mark.parametrize("name", ["controlplane", "a", "1a", "a.b", LONG])
+def test_every_name_is_one_that_services_and_labels_may_have(name: str) -> None:
     assert len(LONG) == 53
     release = render(values_of("everything"), name=name)
     for one in release.documents:
@@ -145,13 +159,41 @@ def test_every_name_fits_into_a_label(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("a", "b"), ("a", "controlplane"), ("a", "a-controlplane"), (LONG, f"{LONG[:-1]}4"), ("a", "a-proxy")],
+    [
+        ("a", "b"),
+        ("a", "controlplane"),
+        ("a", "a-controlplane"),
+        (LONG, f"{LONG[:-1]}4"),
+        ("a", "a-proxy"),
+        ("a.b", "a-b"),
+        ("1", "r1"),
+    ],
 )
 def test_two_releases_in_one_namespace_share_nothing(one: str, other: str) -> None:
     first, second = (render(values_of("everything"), name=name) for name in (one, other))
     assert not _identities(first) & _identities(second)
     selectors = [json.dumps(_selected(found), sort_keys=True) for found in (*_pairs(first), *_pairs(second))]
     assert len(set(selectors)) == 4  # two Deployments of each
+
+
+@pytest.mark.parametrize("word", ["123", "true", "null", "1e3"])
+def test_a_name_that_yaml_takes_for_something_else_stays_a_name(word: str) -> None:
+    named = merged(
+        values_of("everything"),
+        serviceAccount={"name": word},
+        controlPlane={"priorityClassName": word},
+        proxy={"priorityClassName": word, "ingress": {"className": word}},
+        secrets={"databaseUrl": {"existingSecret": word, "key": word}, "grafanaToken": {"existingSecret": word}},
+        cloudnativepg={"enabled": False},
+        networkPolicy={"database": {"cidrs": ["::1/128"]}},
+        grafana={"dashboards": {"namespace": word}},
+        replicaSetsSecret=word,
+        replicaSets=[],
+    )
+    for one in render(named, name=word, namespace=word).documents:
+        if one["apiVersion"] not in FOREIGN:
+            kubernetes_validate.validate(one, NEWEST, strict=True)
+        assert one["metadata"]["labels"]["app.kubernetes.io/instance"] == word
 
 
 def test_no_two_objects_of_a_release_have_one_name(release: Release) -> None:
@@ -366,6 +408,16 @@ def test_what_a_pod_has_read_restarts_it_when_it_changes(change: dict[str, Any],
     assert {part for part in before if before[part] != after.get(part)} == restarted
 
 
+def test_a_chart_of_another_version_restarts_nobody(tmp_path: Path) -> None:
+    for part in ("helm", "grafana", "loki", "prometheus"):
+        shutil.copytree(ROOT / part, tmp_path / part, symlinks=True)
+    about = tmp_path / "helm" / "controlplane" / "Chart.yaml"
+    about.write_text(re.sub(r"(?m)^version: .*", "version: 0.1.1", about.read_text()))
+    after = render(values_of("everything"), chart=about.parent)
+    assert after != rendered("everything")
+    assert _rolled(after) == _rolled(rendered("everything"))
+
+
 def test_a_job_that_changes_is_another_job() -> None:
     """Kubernetes refuses to change a Job: Helm and Argo CD would fail on one name with two contents."""
     values = values_of("everything")
@@ -417,7 +469,12 @@ def test_only_the_control_plane_reaches_slurmrestd_and_jobs_reach_only_the_datab
         part: {port["port"] for rule in release.one("NetworkPolicy", part)["spec"]["egress"] for port in rule["ports"]}
         for part in ("control-plane", "proxy", "jobs")
     }
-    assert reached == {"control-plane": {53, 5432, 6820, 20000}, "proxy": {53, 5432, 20000}, "jobs": {53, 5432}}
+    dns = {53, 5353}
+    assert reached == {
+        "control-plane": dns | {5432, 6820, 20000},
+        "proxy": dns | {5432, 20000},
+        "jobs": dns | {5432},
+    }
 
 
 def test_every_pod_is_under_a_policy_and_every_policy_lets_in_only_its_own(release: Release) -> None:
@@ -449,16 +506,36 @@ def test_only_paths_for_clients_are_let_through_to_the_proxy() -> None:
 
 def test_dashboards_and_alerts_are_the_repositorys_own() -> None:
     release = rendered("everything")
-    for kind, files in (("dashboard", "dashboards/*.json"), ("alert", "alerts/*.yaml")):
+    for kind, files in (("dashboard", "grafana/dashboards/*.json"), ("alert", "*/alerts/*.yaml")):
         maps = [one for one in release.of_kind("ConfigMap") if f"grafana_{kind}" in one["metadata"]["labels"]]
         carried = {name: text for one in maps for name, text in one["data"].items()}
         expected = {
-            f"controlplane-{path.name.removeprefix('controlplane-')}": path.read_text()
-            for path in (ROOT / "grafana").glob(files)
+            f"controlplane-{path.name.removeprefix('controlplane-')}": path.read_text() for path in ROOT.glob(files)
         }
         assert carried == expected
         # Argo CD and `kubectl apply` keep a copy in an annotation, of which there are 256 KiB
         assert all(len(text.encode()) < 250_000 for text in carried.values())
+
+
+def test_notes_say_what_grafana_itself_must_be_given_and_agree_with_its_contact_point() -> None:
+    notes = rendered("everything").notes
+    contact_points = (ROOT / "grafana" / "alerts" / "contact-points.yaml").read_text()
+    variables = set(re.findall(r"\$(CONTROLPLANE_\w+)", contact_points))
+    assert len(variables) == 3
+    assert all(f"  {name} " in notes for name in variables)
+    assert not any(name in rendered("site").notes for name in variables)
+    header = yaml.safe_load(contact_points)["contactPoints"][0]["receivers"][0]["settings"]["hmacConfig"]
+    assert _data(rendered("everything"))["CONTROLPLANE_WEBHOOK__HMAC_TIMESTAMP_HEADER"] == header["timestampHeader"]
+
+
+def test_rules_on_logs_are_not_given_to_a_grafana_that_may_have_no_loki() -> None:
+    release = render({"grafana": {"alerts": {"enabled": True}}})
+    text = yaml.safe_dump(release.of_kind("ConfigMap"))
+    assert "controlplane-people.yaml" in text
+    assert "controlplane-logs.yaml" not in text
+    alone = render({"grafana": {"logAlerts": {"enabled": True}}})
+    (logs,) = [one for one in alone.of_kind("ConfigMap") if "grafana_alert" in one["metadata"]["labels"]]
+    assert list(logs["data"]) == ["controlplane-logs.yaml"]
 
 
 def test_the_recording_rules_are_the_repositorys_own() -> None:
@@ -480,7 +557,7 @@ def test_series_are_relabelled_as_the_repositorys_prometheus_does() -> None:
 
 
 def test_what_is_added_to_the_repositorys_dashboards_and_rules_is_in_the_chart(tmp_path: Path) -> None:
-    for part in ("helm", "grafana", "prometheus"):
+    for part in ("helm", "grafana", "loki", "prometheus"):
         shutil.copytree(ROOT / part, tmp_path / part, symlinks=True)
     board = json.dumps({"uid": "made-up", "title": "{{ .Values }}", "legend": "{{model}} \u00e9"}, indent=2) + "\n"
     (tmp_path / "grafana" / "dashboards").mkdir(exist_ok=True)
@@ -526,6 +603,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"proxy": {"autoscaling": {"minReplicas": 11}}}, "above maxReplicas"),
     ({"prometheus": {"dcgm": {"enabled": True}}}, "name the compute nodes' exporters"),
     ({"networkPolicy": {"enabled": True}}, "say where PostgreSQL is"),
+    (
+        {"grafana": {"alerts": {"enabled": True}}, "secrets": {"webhookHmacSecrets": {"existingSecret": "x"}}},
+        "CONTROLPLANE_WEBHOOK__HMAC_TIMESTAMP_HEADER: set X-Grafana-Alerting-Timestamp",
+    ),
 ]
 
 
@@ -533,6 +614,22 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_values_that_contradict_each_other_are_refused_in_words(values: dict[str, Any], sentence: str) -> None:
     with pytest.raises(helm.HelmError, match=re.escape(sentence)):
         render(values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"settings": {"CONTROLPLANE_GRAFANA__URL": "http://grafana.monitoring.svc"}},
+        {"settings": {"CONTROLPLANE_ALERTMANAGER__URL": "http://alertmanager.monitoring.svc:9093"}},
+        {"replicaSets": [{"name": "a", "model": "a", "endpoints": [{"url": "http://10.0.0.7:8000"}]}]},
+    ],
+    ids=["grafana", "alertmanager", "endpoints"],
+)
+def test_a_policy_that_would_cut_off_what_the_values_name_is_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(helm.HelmError, match=r"networkPolicy\.extraEgress: let"):
+        render(merged(values_of("site"), **values))
+    out = {"networkPolicy": {"extraEgress": [{"to": [{"ipBlock": {"cidr": "10.0.0.7/32"}}]}]}}
+    assert render(merged(merged(values_of("site"), **values), **out)).of_kind("NetworkPolicy")
 
 
 @pytest.mark.parametrize("room", ["slurmrestd", "computeNodes"])

@@ -31,6 +31,11 @@
 {{- if gt (int .Values.proxy.autoscaling.minReplicas) (int .Values.proxy.autoscaling.maxReplicas) -}}
 {{- fail "proxy.autoscaling.minReplicas is above maxReplicas" -}}
 {{- end -}}
+{{- $signed := or $secrets.webhookHmacSecrets.existingSecret $secrets.webhookHmacSecrets.value -}}
+{{- $header := $settings.CONTROLPLANE_WEBHOOK__HMAC_TIMESTAMP_HEADER | default "" -}}
+{{- if and .Values.grafana.alerts.enabled $signed (ne (lower $header) "x-grafana-alerting-timestamp") -}}
+{{- fail "settings.CONTROLPLANE_WEBHOOK__HMAC_TIMESTAMP_HEADER: set X-Grafana-Alerting-Timestamp, with which the contact point of grafana.alerts signs, or every alert is refused" -}}
+{{- end -}}
 {{- if and .Values.prometheus.dcgm.enabled (not .Values.prometheus.dcgm.targets) -}}
 {{- fail "prometheus.dcgm.targets: name the compute nodes' exporters" -}}
 {{- end -}}
@@ -41,6 +46,16 @@
 {{- end -}}
 {{- if and $url (not (hasPrefix "unix:" $url)) (not .slurmrestd.cidrs) -}}
 {{- fail "networkPolicy.slurmrestd.cidrs: say where slurmrestd is, or the control plane does not reach it" -}}
+{{- end -}}
+{{- range $setting := list "CONTROLPLANE_GRAFANA__URL" "CONTROLPLANE_ALERTMANAGER__URL" -}}
+{{- if and (index $settings $setting) (not $.Values.networkPolicy.extraEgress) -}}
+{{- fail (printf "networkPolicy.extraEgress: let the control plane out to settings.%s, or no alert is pulled" $setting) -}}
+{{- end -}}
+{{- end -}}
+{{- range $.Values.replicaSets -}}
+{{- if and .endpoints (not $.Values.networkPolicy.extraEgress) -}}
+{{- fail (printf "networkPolicy.extraEgress: let pods out to the endpoints of replica set %s, or nobody reaches them" .name) -}}
+{{- end -}}
 {{- end -}}
 {{- if and $url (not .computeNodes.cidrs) -}}
 {{- fail "networkPolicy.computeNodes.cidrs: say where the compute nodes are, or nobody reaches a replica" -}}

@@ -11,7 +11,7 @@ apiVersion: batch/v1
 kind: Job
 metadata:
   name: {{ include "controlplane.name" . }}-{{ print .spec .checksum | sha256sum | trunc 10 }}
-  namespace: {{ .root.Release.Namespace }}
+  namespace: {{ .root.Release.Namespace | quote }}
   labels: {{- include "controlplane.labels" . | nindent 4 }}
   {{- with .root.Values.jobs.annotations }}
   annotations: {{- toYaml . | nindent 4 }}

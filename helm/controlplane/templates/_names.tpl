@@ -4,9 +4,11 @@
 {{- if not $name -}}
 {{- $name = ternary "controlplane" (printf "%s-controlplane" .Release.Name) (eq .Release.Name "controlplane") -}}
 {{- end -}}
-{{- /* names of services and labels end at 63 characters, and parts are added to this one */ -}}
-{{- if gt (len $name) 38 -}}
-{{- $name = printf "%s-%s" ($name | trunc 29 | trimSuffix "-") ($name | sha256sum | trunc 8) -}}
+{{- /* Services begin with a letter and have no dots, as releases may; their names and labels end at 63 characters, and
+parts are added to this one. */ -}}
+{{- if or (gt (len $name) 38) (not (regexMatch "^[a-z][-a-z0-9]*$" $name)) -}}
+{{- $plain := regexReplaceAll "^([0-9])" ($name | replace "." "-") "r${1}" -}}
+{{- $name = printf "%s-%s" ($plain | trunc 29 | trimSuffix "-") ($name | sha256sum | trunc 8) -}}
 {{- end -}}
 {{- $name -}}
 {{- end -}}
@@ -27,7 +29,7 @@
 {{/* What never changes, and so may select. */}}
 {{- define "controlplane.selector" -}}
 app.kubernetes.io/name: controlplane
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 app.kubernetes.io/component: {{ .of }}
 {{- end -}}
 

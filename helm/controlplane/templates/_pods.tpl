@@ -14,7 +14,7 @@ securityContext:
   {{- end }}
   {{- end }}
   seccompProfile: {type: RuntimeDefault}
-serviceAccountName: {{ include "controlplane.serviceAccountName" .root }}
+serviceAccountName: {{ include "controlplane.serviceAccountName" .root | quote }}
 automountServiceAccountToken: false
 enableServiceLinks: false
 {{- with .root.Values.imagePullSecrets }}
@@ -33,7 +33,7 @@ tolerations: {{- toYaml . | nindent 2 }}
 affinity: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- with .values.priorityClassName }}
-priorityClassName: {{ . }}
+priorityClassName: {{ . | quote }}
 {{- end }}
 {{- end -}}
 

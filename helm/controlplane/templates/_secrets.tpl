@@ -64,7 +64,7 @@ grafanaToken: {for: control-plane, variable: CONTROLPLANE_GRAFANA__TOKEN_FILE}
     {{- range include "controlplane.secretsInUse" .root | fromYaml }}
     {{- if or (eq .for "all") (eq .for $of) }}
       - secret:
-          name: {{ .secret }}
+          name: {{ .secret | quote }}
           items:
             - {key: {{ .key | quote }}, path: {{ .file }}}
     {{- end }}
