@@ -423,7 +423,7 @@ def test_the_fake_is_started_with_every_value_verbatim(jobs: Any, server: Path) 
     job.end()
     assert job.record()["argv"] == [
         str(server), "-m", "controlplane.demo.fake_vllm", "--model", "a 'b'", "--host", "127.0.0.1", "--port", "8123",
-        "--load-seconds", "7", "--shutdown-timeout", "30", "--gpus", "2", "--node", "n 1", "--max-num-seqs", "4",
+        "--load-seconds", "7", "--shutdown-timeout", "30", "--max-num-seqs", "4",
     ]  # fmt: skip
     assert job.record()["environment"]["VLLM_API_KEY"] == SECRET
 
