@@ -43,8 +43,7 @@ class PrometheusOptions:
 
     sd_url: str | None = None
     sd_refresh_seconds: int = 1
-    dcgm_path: str | None = "/dcgm/metrics"
-    dcgm_targets: Sequence[str] = ()  # `host:port`s of GPU exporters; where there are some, `dcgm_path` is None
+    dcgm_targets: Sequence[str] = ()  # `host:port`s of GPU exporters
     static_targets: Mapping[str, Sequence[str]] = field(default_factory=dict)
     scrape_interval_seconds: int = 1
     evaluation_interval_seconds: int = 1
@@ -195,19 +194,6 @@ def _prometheus_config(options: PrometheusOptions) -> dict[str, Any]:
     if options.sd_url is not None:
         discovery = {"url": options.sd_url, "refresh_interval": f"{options.sd_refresh_seconds}s"}
         jobs.append({"job_name": "vllm", "http_sd_configs": [discovery]})
-        if options.dcgm_path is not None:
-            jobs.append(
-                {
-                    "job_name": "dcgm",
-                    "metrics_path": options.dcgm_path,
-                    "http_sd_configs": [discovery],
-                    # a real exporter knows of no replica
-                    "relabel_configs": [
-                        {"action": "labeldrop", "regex": "model|replica_set|replica|node|slurm_job_id"},
-                    ],
-                    "metric_relabel_configs": list(DCGM_RELABELLING),
-                }
-            )
     if options.dcgm_targets:
         exporters = [{"targets": list(options.dcgm_targets)}]
         jobs.append({"job_name": "dcgm", "static_configs": exporters, "metric_relabel_configs": list(DCGM_RELABELLING)})

@@ -171,7 +171,6 @@ class Site(Server):
                 rule_files=[recording_rules, rules],
                 scrape_interval_seconds=self._options.scrape_interval_seconds,
                 alertmanager=self.alertmanager.address,
-                dcgm_path=None,
                 dcgm_targets=self.gpu_exporters.addresses,
             ),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -244,11 +245,12 @@ class Webhook:
 
     def answer(self, path: str) -> tuple[str, str]:
         if path == "/sd":
-            labels = '{"model": "m", "replica_set": "s", "replica": "r1", "node": "n1", "slurm_job_id": "1"}'
-            return "application/json", f'[{{"targets": ["{self.address}"], "labels": {labels}}}]'
+            labels = {"model": "m", "replica_set": "s", "replica": "r1", "node": "n1", "slurm_job_id": "1"}
+            group = {"targets": [self.address], "labels": {**labels, "__metrics_path__": "/vllm"}}
+            return "application/json", json.dumps([group])
         metrics = {
-            "/metrics": f"vllm:num_requests_running 4\nvllm:num_requests_waiting {self.waiting}\n",
-            "/dcgm/metrics": 'DCGM_FI_DEV_GPU_UTIL{gpu="0",Hostname="n1.site",hpc_job="1"} 95\n',
+            "/vllm": f"vllm:num_requests_running 4\nvllm:num_requests_waiting {self.waiting}\n",
+            "/metrics": 'DCGM_FI_DEV_GPU_UTIL{gpu="0",Hostname="n1.site",hpc_job="1"} 95\n',
         }
         return "text/plain", metrics[path]
 
@@ -294,7 +296,12 @@ def test_a_queue_at_an_engine_becomes_a_webhook_and_its_end_another(
         AlertmanagerOptions(webhook_url=f"http://{webhook.address}/webhooks/alertmanager", bearer_token="a-token")
     )
     prometheus = prometheus_factory(
-        PrometheusOptions(sd_url=f"http://{webhook.address}/sd", rule_files=[rules], alertmanager=alertmanager.address)
+        PrometheusOptions(
+            sd_url=f"http://{webhook.address}/sd",
+            dcgm_targets=[webhook.address],
+            rule_files=[rules],
+            alertmanager=alertmanager.address,
+        )
     )
     eventually_sync(lambda: prometheus.query('up{job="vllm"} == 1'), timeout_seconds=20)
     [gpu] = eventually_sync(lambda: prometheus.query("DCGM_FI_DEV_GPU_UTIL"), timeout_seconds=20)

@@ -25,16 +25,14 @@ _COUNTER = re.compile(r"^(vllm:\w+_(?:total|bucket|count|sum)\{.*\}) (\S+)$", re
 
 
 class Exporters(ThreadingHTTPServer):
-    """One target for each release, whose counters rise with every scrape; a node's GPUs are told on another path."""
+    """One target for each release, whose counters rise with every scrape; a node's GPUs are told at /metrics."""
 
     scrapes = 0
 
     def answer(self, path: str) -> tuple[str, str]:
         if path == "/sd":
             return "application/json", json.dumps([self._group(version) for version in VERSIONS])
-        if path == "/node-sd":
-            return "application/json", json.dumps([{"targets": [f"127.0.0.1:{self.server_port}"]}])
-        if path == "/dcgm/metrics":
+        if path == "/metrics":
             self.scrapes += 1
             return "text/plain", DCGM[self.scrapes % 2]  # one release and the next, as when a node is renewed
         self.scrapes += path.startswith("/vllm/")
@@ -79,7 +77,7 @@ def test_a_real_prometheus_records_all_releases_alike(
     rules = tmp_path / "rules.yml"
     rules.write_text(quickened(ROOT / "prometheus" / "rules.yaml", Pace(scale=0.1)))
     sd_url = f"http://127.0.0.1:{exporters.server_port}/sd"
-    prometheus = prometheus_factory(PrometheusOptions(sd_url=sd_url, dcgm_path=None, rule_files=[rules]))
+    prometheus = prometheus_factory(PrometheusOptions(sd_url=sd_url, rule_files=[rules]))
 
     def is_recorded(expression: str) -> bool:
         found = {sample.labels.get("model", ""): sample.value for sample in prometheus.query(expression)}
@@ -104,8 +102,8 @@ def test_a_real_prometheus_gives_gpus_the_labels_of_their_node_and_job(
 ) -> None:
     rules = tmp_path / "rules.yml"
     rules.write_text(quickened(ROOT / "prometheus" / "rules.yaml", Pace(scale=0.1)))
-    sd_url = f"http://127.0.0.1:{exporters.server_port}/node-sd"
-    prometheus = prometheus_factory(PrometheusOptions(sd_url=sd_url, dcgm_path="/dcgm/metrics", rule_files=[rules]))
+    target = f"127.0.0.1:{exporters.server_port}"
+    prometheus = prometheus_factory(PrometheusOptions(dcgm_targets=[target], rule_files=[rules]))
     [power] = eventually_sync(lambda: prometheus.query("node:gpu_power_watts:sum"), timeout_seconds=40)
     assert (power.labels["node"], power.value) == ("n1", 670.75)
     jobs = eventually_sync(lambda: prometheus.query("sum by (slurm_job_id) (gpu:idle)"), timeout_seconds=40)

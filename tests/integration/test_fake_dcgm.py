@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -34,7 +36,8 @@ def run_script(directory: Path, name: str, **environment: str) -> None:
 def test_the_prolog_writes_down_a_jobs_gpus_and_the_epilog_forgets_them(tmp_path: Path) -> None:
     directory = tmp_path / "gpu-jobs"
     jobs.write_scripts(directory)
-    assert jobs.slurm_conf(directory) == [f"Prolog={directory}/prolog.sh", f"Epilog={directory}/epilog.sh"]
+    scripts = [f"Prolog={directory}/prolog.sh", f"Epilog={directory}/epilog.sh"]
+    assert jobs.slurm_conf(directory) == ["PrologFlags=Alloc", *scripts]
     run_script(directory, "epilog", SLURMD_NODENAME="n1", SLURM_JOB_ID="6")  # there is nothing to forget: no error
     run_script(directory, "prolog", SLURMD_NODENAME="n1", SLURM_JOB_ID="7", SLURM_JOB_GPUS="2,3")
     run_script(directory, "prolog", SLURMD_NODENAME="n2", SLURM_JOB_ID="7", SLURM_JOB_GPUS="0")
@@ -46,6 +49,19 @@ def test_the_prolog_writes_down_a_jobs_gpus_and_the_epilog_forgets_them(tmp_path
     assert jobs.read(directory / "n1") == {3: ["77"]}
     assert jobs.read(directory / "n2") == {0: ["7"]}
     assert jobs.read(directory / "n9") == {}
+
+
+def test_the_epilog_leaves_alone_what_jobs_of_other_clusters_have_on_this_host(tmp_path: Path) -> None:
+    directory = tmp_path / "gpu jobs"
+    jobs.write_scripts(directory)
+    job_id = str(2**40 + os.getpid())
+    other = Path(tempfile.mkdtemp(prefix=f"replica.{job_id}.", suffix="XX", dir="/tmp"))
+    assert len(other.name.rpartition(".")[2]) == 10, "as the job scripts name theirs"
+    try:
+        run_script(directory, "epilog", SLURMD_NODENAME="n1", SLURM_JOB_ID=job_id)
+        assert other.exists()
+    finally:
+        other.rmdir()
 
 
 # --- the process ----------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from controlplane.demo.fake_vllm.dcgm import GpuMeter, GpuOptions, visible_gpus
 from controlplane.demo.fake_vllm.engine import (
     BLOCK_TOKENS,
     Engine,
@@ -165,22 +164,3 @@ async def test_draining_refuses_what_is_new_and_dying_fails_what_is_inside() -> 
         await inside.reach(5)
     with pytest.raises(EngineDead):
         engine.check_admission()
-
-
-def test_gpu_indices_come_from_cuda_visible_devices_when_it_names_any() -> None:
-    assert visible_gpus("2,3", 1) == (2, 3)
-    assert visible_gpus(None, 2) == (0, 1)
-    assert visible_gpus("NoDevFiles", 2) == (0, 1)
-
-
-def test_gpu_energy_is_the_integral_of_power() -> None:
-    meter = GpuMeter(GpuOptions(node="n1", indices=(0,)), now=0.0)
-    power = gpu_value(meter.render(1.0, 0.0), "POWER_USAGE")
-    assert power == 700
-    assert gpu_value(meter.render(1.0, 10.0), "TOTAL_ENERGY_CONSUMPTION") == power * 10 * 1000
-    assert gpu_value(meter.render(0.0, 10.0), "GPU_UTIL") == 0
-
-
-def gpu_value(text: str, name: str) -> float:
-    [line] = [line for line in text.splitlines() if line.startswith(f"DCGM_FI_DEV_{name}{{")]
-    return float(line.rsplit(" ", 1)[1])

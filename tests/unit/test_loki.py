@@ -259,6 +259,7 @@ def lines(name: str) -> list[str]:
         ("slurmstepd: error: *** JOB 7 ON gpu-03 CANCELLED AT 2026-11-24 DUE TO TIME LIMIT", "error", "gpu-03"),
         ("slurmstepd-n1: error: *** JOB 1 ON n1 CANCELLED AT 2026-11-24T13:31:39 DUE TO PREEMPTION ***", "error", "n1"),
         ("slurmstepd: error: *** STEP 7.0 ON n1.cluster CANCELLED AT 2026-11-24T13:31:01 ***", "error", "n1.cluster"),
+        ("2026-11-24 14:42:39,564\tWARNING authentication_token_setup.py:73 -- Token", "warning", None),
         ("INFORMATION without a level", None, None),
         ("Loading weights:  50%", None, None),
     ],
@@ -297,6 +298,12 @@ def test_ordinary_lines_are_entries_of_their_own() -> None:
     assert longest <= 6, "vLLM's banner"
     for sentence in ("Starting to load model", "Application startup complete.", '"POST /v1/chat/completions', "NUMA"):
         assert any(sentence in one.splitlines()[0] for one in made), sentence
+
+
+def test_rays_lines_are_entries_of_their_own() -> None:
+    made = blocks("ray-2.60.0.log")
+    assert all("\n" not in one for one in made)
+    assert made[-1] == "replica: stopped as asked"
 
 
 def test_no_block_is_cut_before_its_error() -> None:

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -323,7 +323,12 @@ class Job:
         self.process = subprocess.Popen(
             [path],
             cwd="/",
-            env={**script.environment, "SLURMD_NODENAME": "n 1", "TMPDIR": str(directory)},
+            env={
+                **script.environment,
+                "SLURMD_NODENAME": "n 1",
+                "SLURM_JOB_ID": str(os.getpid()),
+                "TMPDIR": str(directory),
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
@@ -359,7 +364,12 @@ def server(tmp_path: Path) -> Path:
 def jobs(tmp_path: Path, server: Path) -> Iterator[Any]:
     started: list[Job] = []
 
-    def start(spec: ReplicaSetSpec = SPEC, *, mode: str, **variables: str) -> Job:
+    def start(
+        spec: ReplicaSetSpec = SPEC, *, mode: str, programs: Mapping[str, str] | None = None, **variables: str
+    ) -> Job:
+        for name, body in (programs or {}).items():
+            (server.parent / name).write_text(f"#!/bin/sh\n{body}\n")
+            (server.parent / name).chmod(0o755)
         environment = {"PATH": f"{server.parent}:/usr/bin:/bin", "RECORD": f"{tmp_path}/record", "MODE": mode}
         vllm = replace(spec.vllm, environment={**spec.vllm.environment, **environment, **variables})
         started.append(Job(rendered(replace(spec, vllm=vllm), python=str(server)), tmp_path))
@@ -423,7 +433,7 @@ def test_the_fake_is_started_with_every_value_verbatim(jobs: Any, server: Path) 
     job.end()
     assert job.record()["argv"] == [
         str(server), "-m", "controlplane.demo.fake_vllm", "--model", "a 'b'", "--host", "127.0.0.1", "--port", "8123",
-        "--load-seconds", "7", "--shutdown-timeout", "30", "--gpus", "2", "--node", "n 1", "--max-num-seqs", "4",
+        "--load-seconds", "7", "--shutdown-timeout", "30", "--max-num-seqs", "4",
     ]  # fmt: skip
     assert job.record()["environment"]["VLLM_API_KEY"] == SECRET
 
@@ -460,6 +470,13 @@ def test_slurms_cancel_which_signals_every_process_is_a_stop_as_well(jobs: Any) 
     job = jobs(mode="serve")
     job.wait_until_it_serves()
     signal_all(job, signal.SIGTERM)
+    assert job.end() == (0, "replica: stopped as asked\n")
+
+
+def test_a_stop_is_a_success_even_if_something_cannot_be_removed(jobs: Any) -> None:
+    job = jobs(mode="serve", programs={"rm": "exit 1"})
+    job.wait_until_it_serves()
+    job.process.send_signal(signal.SIGTERM)
     assert job.end() == (0, "replica: stopped as asked\n")
 
 
@@ -539,6 +556,53 @@ def test_no_rank_dies_of_a_warning_that_reaches_every_process(jobs: Any) -> None
     assert job.process.wait(30) != 0
     said = job.process.communicate()[1]
     assert "rank 1 of 3 ended, with exit code 0" in said or "rank 2 of 3 ended, with exit code 0" in said
+
+
+def test_a_name_that_is_the_loopback_address_as_well_is_told_by_its_other_one(jobs: Any) -> None:
+    """As on Debian, where a host's own name is 127.0.1.1 to itself."""
+    said = "echo '127.0.1.1 STREAM n1'; echo '10.1.2.3 STREAM n1'"
+    job = jobs(THREE, mode="serve", programs={"getent": said})
+    job.wait_until_it_serves()
+    assert job.record()["environment"]["VLLM_HOST_IP"] == "10.1.2.3"
+
+
+@pytest.mark.parametrize("said", ["echo '127.0.1.1 STREAM n1'", "exit 2"])
+def test_a_node_without_an_address_for_others_ends_the_job_with_the_remedy(jobs: Any, said: str) -> None:
+    code, words = jobs(THREE, mode="serve", programs={"getent": said}).end()
+    assert code == 1
+    assert words == (
+        "replica: n 1 has no address at its name that other nodes reach; set REPLICA_INTERFACE in vllm.environment\n"
+    )
+
+
+RAY = replace(THREE, template="vllm-apptainer-ray")
+
+
+def test_a_ray_that_does_not_start_ends_the_job(jobs: Any) -> None:
+    code, said = jobs(RAY, mode="3", REPLICA_INTERFACE="lo").end()
+    assert code == 1
+    assert "replica: Ray ended before anybody reached it" in said
+
+
+def test_a_stop_is_heard_while_ray_starts_and_leaves_nothing(jobs: Any) -> None:
+    job = jobs(RAY, mode="serve", REPLICA_INTERFACE="lo")
+    job.wait_until_it_serves()
+    head = job.record()["pid"]
+    assert Path(f"/tmp/ray.{os.getpid()}").stat().st_mode & 0o777 == 0o700
+    job.process.send_signal(signal.SIGTERM)
+    assert job.end()[0] == 0
+    assert not is_alive(head)
+    assert not Path(f"/tmp/ray.{os.getpid()}").exists()
+
+
+def test_rays_ports_are_none_of_its_own_workers(jobs: Any) -> None:
+    """The replica's master port lies where Ray's workers are by default, which Ray refuses to start with."""
+    job = jobs(RAY, mode="serve", REPLICA_INTERFACE="lo")
+    job.wait_until_it_serves()
+    words = job.record()["argv"]
+    given = {word: words[words.index(word) + 1] for word in words if word.endswith("-port")}
+    assert (given["--port"], given["--min-worker-port"], given["--max-worker-port"]) == ("18123", "0", "0")
+    assert 61_000 <= int(given["--ray-client-server-port"]) < 65_536
 
 
 @pytest.mark.parametrize("kind", ["vllm-apptainer", "vllm-venv"])

@@ -1,7 +1,8 @@
 """Which job holds which GPU: files named by a GPU's index, with the ids of its jobs, a line each.
 
 It is the form of dcgm-exporter's `--hpc-job-mapping-dir`. Slurm's prolog writes them where a job's GPUs are, its epilog
-takes them away. A site has one folder on each node; here, where all nodes are one host, each node has its own.
+takes them away: those of `sbatch/node/`, as on a site. A site has one folder on each node; here, where all nodes are
+one host, each node has its own.
 
 Failure behaviour: a file that vanishes while it is read is one that is not there; neither script ever fails, because
 Slurm drains a node whose prolog does.
@@ -9,41 +10,38 @@ Slurm drains a node whose prolog does.
 
 from __future__ import annotations
 
+import shlex
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-_PROLOG = """\
-#!/bin/sh
-# for dcgm-exporter: which job holds which GPU of this node
-folder={directory}/$SLURMD_NODENAME
-mkdir -p "$folder"
-for gpu in $(echo "$SLURM_JOB_GPUS" | tr ',' ' '); do echo "$SLURM_JOB_ID" >>"$folder/$gpu"; done
-exit 0
-"""
-_EPILOG = """\
-#!/bin/sh
-# the job is over: its line goes from each GPU's file, and a file without a line goes, too
-for file in {directory}/"$SLURMD_NODENAME"/*; do
-  [ -f "$file" ] || continue
-  left=$(grep -vx "$SLURM_JOB_ID" "$file")
-  if [ -n "$left" ]; then echo "$left" >"$file"; else rm -f "$file"; fi
-done
-exit 0
+NODE_SCRIPTS = (
+    Path(__file__).resolve().parents[3] / "sbatch" / "node",  # a checkout
+    Path(sys.prefix) / "share" / "controlplane" / "sbatch" / "node",  # an installed package
+)
+# The epilog looks for what killed replicas left by a job's id alone, and other clusters of this host count jobs, too:
+# so it is shown a folder in which nobody works.
+_WRAPPER = """\
+#!/bin/bash
+export DCGM_HPC_JOB_MAPPING_DIR={directory}/"$SLURMD_NODENAME" REPLICA_SCRATCH_DIRS=/nonexistent
+exec /bin/bash {script}
 """
 
 
 def slurm_conf(directory: Path) -> list[str]:
     """What slurm.conf has to say of the scripts that `write_scripts` makes there."""
-    return [f"{name}={path}" for name, path, _ in _scripts(directory)]
+    return ["PrologFlags=Alloc", *(f"{kind}={_wrapper(directory, kind)}" for kind in ("Prolog", "Epilog"))]
 
 
 def write_scripts(directory: Path) -> None:
-    """Make the folder anew, and in it the prolog and the epilog."""
+    """Make the folder anew, and in it what calls the prolog and the epilog for each node."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
-    for _, path, script in _scripts(directory):
-        path.write_text(script)
+    shipped = next((folder for folder in NODE_SCRIPTS if folder.exists()), NODE_SCRIPTS[0])
+    for kind in ("Prolog", "Epilog"):
+        path, script = _wrapper(directory, kind), shipped / f"{kind.lower()}.sh"
+        path.write_text(_WRAPPER.format(directory=shlex.quote(str(directory)), script=shlex.quote(str(script))))
         path.chmod(0o755)
 
 
@@ -58,6 +56,5 @@ def read(directory: Path) -> dict[int, Sequence[str]]:
     return {index: held_by for index, held_by in jobs.items() if held_by}
 
 
-def _scripts(directory: Path) -> list[tuple[str, Path, str]]:
-    scripts = (("Prolog", _PROLOG), ("Epilog", _EPILOG))
-    return [(name, directory / f"{name.lower()}.sh", text.format(directory=directory)) for name, text in scripts]
+def _wrapper(directory: Path, kind: str) -> Path:
+    return directory / f"{kind.lower()}.sh"

@@ -2,7 +2,7 @@
 
 A Slurm job of the demo runs it where a site runs vLLM. Reading order: `engine` (queue, slots, decode steps), `prompts`
 (what a request asks for, or which error it earns), `answers` (bodies), `api` (routes), `server` (listening, signals),
-`ranks` (several nodes), `metrics` and `dcgm` (what Prometheus scrapes), `faults` (trouble on demand). `text` and
+`ranks` (several nodes), `metrics` (what Prometheus scrapes), `faults` (trouble on demand). `text` and
 `exchange` serve those.
 
 Known differences from the real server, each on purpose:

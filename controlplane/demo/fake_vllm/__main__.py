@@ -19,7 +19,6 @@ from typing import TypeVar
 import uvloop
 
 from controlplane.demo.fake_vllm.api import ApiOptions
-from controlplane.demo.fake_vllm.dcgm import GpuOptions, visible_gpus
 from controlplane.demo.fake_vllm.engine import EngineOptions
 from controlplane.demo.fake_vllm.faults import parse_fault_flags
 from controlplane.demo.fake_vllm.prompts import ServedModel
@@ -56,11 +55,6 @@ def main(arguments: list[str]) -> int:
             tokens_per_second=given.tokens_per_second,
             kv_cache_tokens=given.kv_cache_tokens,
             max_num_queued_reqs=given.max_num_queued_reqs,
-        ),
-        gpus=GpuOptions(
-            node=given.node,
-            indices=visible_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"), given.gpus),
-            job_id=os.environ.get("SLURM_JOB_ID", ""),
         ),
         shutdown_timeout_seconds=given.shutdown_timeout,
         fault_plan=plan,
@@ -107,8 +101,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--master-addr", default="127.0.0.1", help="where the leader waits for the others")
     add("--master-port", type=int, default=29501)
     add("--headless", action="store_true", help="be a follower: serve nothing")
-    add("--gpus", type=int, default=1, help="GPUs in /dcgm/metrics, unless CUDA_VISIBLE_DEVICES names them")
-    add("--node", default=os.environ.get("SLURMD_NODENAME") or socket.gethostname())
     add("--fault", action="append", default=[], help="slow-start[=SECONDS], crash-after=SECONDS or error-rate=SHARE")
     return parser
 

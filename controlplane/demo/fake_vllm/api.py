@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 from controlplane.demo.fake_vllm import answers, metrics, prompts
 from controlplane.demo.fake_vllm.answers import ChatAnswer, CompletionAnswer, Refusal
-from controlplane.demo.fake_vllm.dcgm import GpuMeter
 from controlplane.demo.fake_vllm.engine import (
     Engine,
     EngineDead,
@@ -36,7 +35,6 @@ Handler = Callable[[Exchange], Awaitable[None]]
 Task = Literal["generate", "embed"]
 
 _GUARDED = ("/v1", "/v2", "/inference", "/fault")
-_PLAIN_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +49,11 @@ class ApiOptions:
 class FakeVllm:
     """The ASGI app."""
 
-    def __init__(
-        self, options: ApiOptions, engine: Engine, seen: metrics.VllmMetrics, gpus: GpuMeter, faults: Faults
-    ) -> None:
+    def __init__(self, options: ApiOptions, engine: Engine, seen: metrics.VllmMetrics, faults: Faults) -> None:
         self._model = options.model
         self._keys = [key.encode() for key in options.api_keys]
         self._engine = engine
         self._metrics = seen
-        self._gpus = gpus
         self._faults = faults
         self._routes: dict[str, dict[str, Handler]] = {
             "/health": {"GET": self._health},
@@ -66,7 +61,6 @@ class FakeVllm:
             "/version": {"GET": self._version},
             "/load": {"GET": self._server_load},
             "/metrics": {"GET": self._vllm_metrics},
-            "/dcgm/metrics": {"GET": self._gpu_metrics},
             "/tokenize": {"POST": self._tokenize},
             "/detokenize": {"POST": self._detokenize},
             "/v1/models": {"GET": self._models},
@@ -186,10 +180,6 @@ class FakeVllm:
 
     async def _vllm_metrics(self, exchange: Exchange) -> None:
         await exchange.answer(200, self._metrics.render(self._engine.load), metrics.CONTENT_TYPE)
-
-    async def _gpu_metrics(self, exchange: Exchange) -> None:
-        slots_in_use = self._engine.load.running / self._engine.options.max_num_seqs
-        await exchange.answer(200, self._gpus.render(slots_in_use, _now()).encode(), _PLAIN_TEXT)
 
     async def _fault(self, exchange: Exchange) -> None:
         fault = await _json_of(exchange)

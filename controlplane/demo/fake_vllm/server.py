@@ -23,7 +23,6 @@ from dataclasses import dataclass
 import uvicorn
 
 from controlplane.demo.fake_vllm.api import ApiOptions, FakeVllm
-from controlplane.demo.fake_vllm.dcgm import GpuMeter, GpuOptions
 from controlplane.demo.fake_vllm.engine import Engine, EngineOptions
 from controlplane.demo.fake_vllm.faults import FaultPlan, Faults
 from controlplane.demo.fake_vllm.metrics import VllmMetrics
@@ -39,7 +38,6 @@ class ServerOptions:
 
     api: ApiOptions
     engine: EngineOptions
-    gpus: GpuOptions
     shutdown_timeout_seconds: float
     fault_plan: FaultPlan
 
@@ -66,7 +64,7 @@ async def serve(options: ServerOptions, bound: socket.socket, followers: Sequenc
         server.should_exit = True
 
     faults = Faults(engine, leave, options.fault_plan.error_rate)
-    app = FakeVllm(options.api, engine, seen, GpuMeter(options.gpus, loop.time()), faults)
+    app = FakeVllm(options.api, engine, seen, faults)
     server = _Server(
         uvicorn.Config(
             app,
