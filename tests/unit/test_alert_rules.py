@@ -201,9 +201,19 @@ def test_silence_that_proves_nothing_replaces_nothing(series: dict[str, str]) ->
 
 
 def test_an_engine_that_makes_no_tokens_of_its_requests_is_replaced() -> None:
-    tokens = {target("vllm:generation_tokens_total"): "0+90x30 2700x100", target("up", 2): "1x200"}
+    tokens = {
+        target("vllm:generation_tokens_total"): "0+90x30 2700x100",
+        target("vllm:prompt_tokens_total"): "0+900x30 27000x100",
+        target("up", 2): "1x200",
+    }
     firing(engine() | tokens, {"6m": [], "10m": [FROZEN]})
     firing(engine(running="20x30 0x100") | tokens, {"10m": []})
+
+
+def test_an_engine_that_embeds_and_makes_no_tokens_is_not_frozen_while_it_reads() -> None:
+    reads = {target("vllm:generation_tokens_total"): "0x200", target("up", 2): "1x200"}
+    firing(engine() | reads | {target("vllm:prompt_tokens_total"): "0+900x200"}, {"6m": [], "20m": []})
+    firing(engine() | reads | {target("vllm:prompt_tokens_total"): "0+900x30 27000x170"}, {"6m": [], "10m": [FROZEN]})
 
 
 def ended(**by_reason: str) -> dict[str, str]:
