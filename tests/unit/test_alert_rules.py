@@ -13,7 +13,17 @@ import yaml
 
 from controlplane.demo.alert_rules import Pace, RuleError, convert, main, quickened
 from controlplane.demo.children import program
-from tests.unit.rules_rig import ALERTS, RULES, Series, check_firing, check_queries, engine, selector, target
+from tests.unit.rules_rig import (
+    ALERTS,
+    RULES,
+    Series,
+    check_firing,
+    check_queries,
+    control_plane,
+    engine,
+    selector,
+    target,
+)
 
 QUEUE = "Requests wait for replicas"
 FIRST_TOKEN = "First tokens are slow"
@@ -181,6 +191,18 @@ def test_an_idle_model_gives_its_last_replica_back() -> None:
     firing(engine(running="0x200"), {"14m": [], "17m": [IDLE]})
     firing(engine(running="0x50 1 0x150"), {"17m": []})
     firing(engine(running="0x200") | UNSEEN, {"17m": []})
+
+
+@pytest.mark.parametrize("held", ["0x100 1x100", "0x60 1 0 1x138"])
+def test_requests_that_wait_in_a_proxy_keep_replicas_though_engines_have_little_to_do(held: str) -> None:
+    def proxy(values: str) -> dict[str, str]:
+        return {control_plane("proxy_held_requests", "proxy:8080", model="m"): values}
+
+    few = engine(1, running="1x200") | engine(2, running="1x200") | engine(3, running="1x200")
+    firing(few | proxy("0x200"), {"8m": [LOW_LOAD], "20m": [LOW_LOAD]})
+    firing(few | proxy(held), {"20m": []})
+    firing(engine(running="0x200") | proxy("0x200"), {"17m": [IDLE]})
+    firing(engine(running="0x200") | proxy(held), {"17m": []})
 
 
 def test_a_replica_that_went_silent_is_replaced_while_others_answer() -> None:
