@@ -75,7 +75,8 @@ def to(replica: Replica, phase: Phase) -> Move:
 async def observe(db: Database, replica: Replica, state: JobState, **changes: Any) -> None:
     """What Slurm says of the replica's job."""
     assert replica.slurm_job_id is not None
-    job = SlurmJob(replica.slurm_job_id, replica.name, "u", state, nodes="n1", submitted_at=NOW, **changes)
+    told = {"nodes": "n1", "submitted_at": NOW, **changes}
+    job = SlurmJob(replica.slurm_job_id, replica.name, "u", state, **told)
     await slurm_jobs.record(db, [(replica.id, job)], NOW)
 
 

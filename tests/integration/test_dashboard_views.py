@@ -16,6 +16,7 @@ from psycopg.conninfo import make_conninfo
 from typer.testing import CliRunner
 
 from controlplane.cli import cli
+from controlplane.core.host_lists import expand
 from controlplane.core.types import DecisionReason, ExternalEndpoint, JobState, Phase, SlurmResources, VllmOptions
 from controlplane.db import Database, dashboards, job_logs, keys, migrate, nodes, replica_sets, tenants, usage
 from controlplane.db.errors import DatabaseError, NotFound
@@ -423,6 +424,26 @@ async def test_gpu_seconds_are_those_of_the_usage_report(database_url: str, read
     assert {row["tenant"]: row["s"] for row in told} == {line.name: line.gpu_seconds for line in report.lines}
     assert {line.name: line.gpu_seconds for line in report.lines} == {"lab": 8 * (2700 + 7200), "other": 8 * 900}
     assert rows(reader, "SELECT gpus, gpu_seconds FROM grafana.job_runs") == [{"gpus": 8, "gpu_seconds": 8 * 10800.0}]
+
+
+@pytest.mark.parametrize("nodes_of_job", ["n[1-2]", "login,n[1,007-010]", "r[1-2]c[01-16],n1", "n1"])
+async def test_a_node_knows_the_replicas_that_have_several_nodes(
+    database_url: str, reader: psycopg.Connection[Any], nodes_of_job: str
+) -> None:
+    candidates = ("n1", "n2", "n3", "n07", "n008", "n010", "n10", "r2c01", "r2c1", "r3c01", "login")
+    async with opened(database_url) as db:
+        made = await make_set(db, slurm=SlurmResources(time_limit_seconds=3600, gpus_per_node=4, nodes=2))
+        one = await make_replica(db, made, Phase.RUNNING)
+        await observe(db, one, JobState.RUNNING, nodes=nodes_of_job)
+        async with db.connection() as connection:
+            for name in candidates:
+                await connection.execute(
+                    "INSERT INTO nodes (node, cause, reason, actor, since) VALUES (%s, 'operator', 'x', 'ann', %s)",
+                    [name, NOW],
+                )
+    told = {row["node"]: row["replicas"] for row in rows(reader, "SELECT node, replicas FROM grafana.nodes")}
+    has = expand(nodes_of_job)
+    assert told == {name: int(name in has) for name in candidates}
 
 
 # --- how long they take ----------------------------------------------------------------------------------

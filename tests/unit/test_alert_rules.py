@@ -13,7 +13,17 @@ import yaml
 
 from controlplane.demo.alert_rules import Pace, RuleError, convert, main, quickened
 from controlplane.demo.children import program
-from tests.unit.rules_rig import ALERTS, RULES, Series, check_firing, check_queries, engine, selector, target
+from tests.unit.rules_rig import (
+    ALERTS,
+    RULES,
+    Series,
+    check_firing,
+    check_queries,
+    control_plane,
+    engine,
+    selector,
+    target,
+)
 
 QUEUE = "Requests wait for replicas"
 FIRST_TOKEN = "First tokens are slow"
@@ -189,6 +199,18 @@ def test_an_idle_model_gives_its_last_replica_back() -> None:
     firing(engine(running="0x200") | UNSEEN, {"17m": []})
 
 
+@pytest.mark.parametrize("held", ["0x100 1x100", "0x60 1 0 1x138"])
+def test_requests_that_wait_in_a_proxy_keep_replicas_though_engines_have_little_to_do(held: str) -> None:
+    def proxy(values: str) -> dict[str, str]:
+        return {control_plane("proxy_held_requests", "proxy:8080", model="m"): values}
+
+    few = engine(1, running="1x200") | engine(2, running="1x200") | engine(3, running="1x200")
+    firing(few | proxy("0x200"), {"8m": [LOW_LOAD], "20m": [LOW_LOAD]})
+    firing(few | proxy(held), {"20m": []})
+    firing(engine(running="0x200") | proxy("0x200"), {"17m": [IDLE]})
+    firing(engine(running="0x200") | proxy(held), {"17m": []})
+
+
 def test_a_replica_that_went_silent_is_replaced_while_others_answer() -> None:
     silent = engine(1, up="1x12 0x180", running="20x12 stale", waiting="0x12 stale")
     firing(silent | engine(2), {"3m": [], "5m": [UNREACHABLE]})
@@ -207,9 +229,19 @@ def test_silence_that_proves_nothing_replaces_nothing(series: dict[str, str]) ->
 
 
 def test_an_engine_that_makes_no_tokens_of_its_requests_is_replaced() -> None:
-    tokens = {target("vllm:generation_tokens_total"): "0+90x30 2700x100", target("up", 2): "1x200"}
+    tokens = {
+        target("vllm:generation_tokens_total"): "0+90x30 2700x100",
+        target("vllm:prompt_tokens_total"): "0+900x30 27000x100",
+        target("up", 2): "1x200",
+    }
     firing(engine() | tokens, {"6m": [], "10m": [FROZEN]})
     firing(engine(running="20x30 0x100") | tokens, {"10m": []})
+
+
+def test_an_engine_that_embeds_and_makes_no_tokens_is_not_frozen_while_it_reads() -> None:
+    reads = {target("vllm:generation_tokens_total"): "0x200", target("up", 2): "1x200"}
+    firing(engine() | reads | {target("vllm:prompt_tokens_total"): "0+900x200"}, {"6m": [], "20m": []})
+    firing(engine() | reads | {target("vllm:prompt_tokens_total"): "0+900x30 27000x170"}, {"6m": [], "10m": [FROZEN]})
 
 
 def ended(**by_reason: str) -> dict[str, str]:

@@ -19,7 +19,8 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 from controlplane.cli import cli
 from controlplane.demo.children import program
 from grafana.dashboards.source.__main__ import files, main
-from grafana.dashboards.source.board import COLUMNS, FLEET, REPLICA, TITLES, Board
+from grafana.dashboards.source.board import COLUMNS, FLEET, GPU_NODES, REPLICA, TENANTS, TITLES, Board
+from grafana.dashboards.source.gpu_nodes import FATAL_XIDS
 from grafana.dashboards.source.panels import Answer, single
 from grafana.dashboards.source.queries import now
 from tests.unit.boards import (
@@ -270,6 +271,36 @@ def test_a_line_that_does_not_fill_the_grid_is_refused() -> None:
         Board(FLEET, "Is it?").line(4, panel)
 
 
+@pytest.mark.parametrize("uid", DOCUMENTS)
+def test_columns_without_a_width_are_left_room_to_be_read_at_1920_pixels(uid: str) -> None:
+    for panel in DOCUMENTS[uid]["panels"]:
+        if panel["type"] != "table":
+            continue
+        columns = [
+            {one["id"]: one["value"] for one in override["properties"]}
+            for override in panel["fieldConfig"]["overrides"]
+            if override["matcher"]["id"] == "byName"
+        ]
+        widths = [column.get("custom.width", 0) for column in columns if not column.get("custom.hidden")]
+        left = panel["gridPos"]["w"] * 1888 // 24 - 16 - sum(widths)
+        assert left >= 100 * widths.count(0), f"{panel['title']}: {left} pixels for {widths.count(0)} columns"
+
+
+def test_what_is_told_by_the_day_is_shown_whatever_hours_the_board_shows() -> None:
+    by_day = [panel for panel in DOCUMENTS[TENANTS]["panels"] if panel["title"].endswith("by day and tenant")]
+    assert by_day
+    for panel in by_day:
+        assert panel["timeFrom"] == "31d"
+        assert panel["fieldConfig"]["defaults"]["custom"]["drawStyle"] == "bars", "a line needs two days"
+
+
+def test_the_alarm_for_xids_knows_those_that_drain_a_node() -> None:
+    rules = (ROOT / "grafana" / "alerts" / "drain-node.yaml").read_text()
+    [panel] = [panel for panel in DOCUMENTS[GPU_NODES]["panels"] if panel.get("title") == "Fatal XIDs in 5 minutes"]
+    assert f'xid=~"{FATAL_XIDS}"' in rules
+    assert f'xid=~"{FATAL_XIDS}"' in panel["targets"][0]["expr"]
+
+
 def test_two_panels_of_one_title_are_refused() -> None:
     board = Board(REPLICA, "Is it?")
     for _ in range(2):
@@ -283,9 +314,10 @@ def test_provisioning_files_have_only_keys_that_grafana_reads() -> None:
     assert provider.keys() == {"apiVersion", "providers"}
     for one in provider["providers"]:
         assert one.keys() <= {
-            *("name", "orgId", "folder", "folderUid", "type", "disableDeletion", "allowUiUpdates"),
+            *("name", "orgId", "folder", "type", "disableDeletion", "allowUiUpdates"),
             *("updateIntervalSeconds", "options"),
         }
+        # no folderUid: the alert rules, which know their folder by its title only, may have made it
         assert one["type"] == "file"
         assert one["options"].keys() == {"path", "foldersFromFilesStructure"}
     sources = yaml.safe_load((FOLDER / "datasources.yaml").read_text())

@@ -433,6 +433,7 @@ def test_log_rules_ask_the_control_plane_for_nothing() -> None:
     for rule in rules().values():
         assert set(rule["labels"]).isdisjoint({"action", "owner"})
         assert "notification_settings" not in rule, "the site's own policies send them"
+        assert rule["labels"]["service"] == "controlplane", "the label by which a site sends all that is for people"
         for text in rule["labels"].values():  # labels pass through the expansion of variables, where "$" is "$$"
             assert not re.search(r"(?<!\$)\$(?!\$)", text)
 

@@ -104,6 +104,11 @@ def test_submits_that_fail_are_told_until_they_have_worked_for_a_while() -> None
     told(site() | calls("0x30 1+1x60 61x400"), {"4m": [], "10m": [SUBMIT_FAILING], "20m": [SUBMIT_FAILING], "45m": []})
 
 
+def test_submits_that_fail_are_told_however_many_other_calls_work() -> None:
+    series = site() | calls("0+0.1x500", outcome="rejected") | calls("0+5x500", "list", "ok")
+    told(series, {"20m": [SUBMIT_FAILING], "60m": [SUBMIT_FAILING]})
+
+
 def test_failures_that_come_slowly_do_not_flap() -> None:
     """Four in 15 minutes, then three, then two, then four."""
     steps = "0x30 0+0.05x90 4.5+0.035x90 7.65+0.025x90 9.9+0.05x90"
@@ -117,6 +122,9 @@ def test_failures_that_come_slowly_do_not_flap() -> None:
         pytest.param(calls("0+1x500", outcome="abandoned"), id="nobody waited for the answer"),
         pytest.param(calls("0x100 1x400"), id="one failed"),
         pytest.param(calls("0+1x500", operation="diag"), id="nothing needs it"),
+        pytest.param(
+            calls("0x60 0+1x6 6x434", "list") | calls("0+2x500", "list", "ok"), id="slurmctld was started anew"
+        ),
         pytest.param(calls("NaNx500"), id="not a number"),
         pytest.param(calls("900x30 _x100 900x300"), id="old failures that are seen again"),
     ],

@@ -334,7 +334,18 @@ SELECT n.node,
        n.cleared_at,
        n.cleared_by,
        (SELECT count(*) FROM replicas r JOIN slurm_jobs j ON j.replica_id = r.id AND j.job_id = r.slurm_job_id
-         WHERE r.phase <> 'ENDED' AND j.nodes = n.node) AS replicas
+         WHERE r.phase <> 'ENDED' AND (j.nodes = n.node OR j.nodes ~ '[[,]' AND n.node IN (
+               WITH RECURSIVE names (name) AS ( -- of several nodes: Slurm's r[1-2]c[01-16],login is taken apart
+                    SELECT part[1] FROM regexp_matches(j.nodes, '((?:[^],[]|\[[0-9,-]+\])+)', 'g') part
+                    UNION ALL
+                    SELECT part[1] || lpad(number::text, greatest(length(low), length(number::text)), '0') || part[3]
+                      FROM names
+                     CROSS JOIN regexp_matches(name, '^([^[]*)\[(\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)\](.*)$') part
+                     CROSS JOIN unnest(string_to_array(part[2], ',')) span
+                     CROSS JOIN split_part(span, '-', 1) low
+                     CROSS JOIN coalesce(nullif(split_part(span, '-', 2), ''), low) high
+                     CROSS JOIN generate_series(low::bigint, high::bigint) number)
+               SELECT name FROM names))) AS replicas
   FROM nodes n;
 
 CREATE VIEW grafana.node_events AS

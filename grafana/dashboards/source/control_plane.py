@@ -369,6 +369,7 @@ def _loops(board: Board) -> None:
                 f"histogram_quantile(0.95, sum by (loop, le) (rate(controlplane_round_seconds_bucket{_RATE})) > 0)",
                 "{{loop}}",
             ),
+            width=5,
         ),
         bars(
             Answer(
@@ -381,6 +382,7 @@ def _loops(board: Board) -> None:
                 lowest=0,
             ),
             now("sort_desc(time() - max by (loop) (controlplane_round_succeeded_timestamp_seconds))", "{{loop}}"),
+            width=5,
         ),
         rows_of(
             Answer(
@@ -391,13 +393,14 @@ def _loops(board: Board) -> None:
                 empty="no process has ever held it",
             ),
             [
-                Column("name", "Lease", width=100),
+                Column("name", "Lease", width=85),
                 Column("holder", "Holder"),
-                Column("term", "Term", unit="short", width=70),
-                Column("expires_at", "Good until", unit="dateTimeAsIso", width=165),
-                Column("held", "Held", width=60, states=_HELD),
+                Column("term", "Term", unit="short", width=60),
+                Column("expires_at", "Good until", unit="dateTimeFromNow", width=105),
+                Column("held", "Held", width=55, states=_HELD),
             ],
             sql("SELECT name, holder, term, expires_at, held::text AS held FROM grafana.leases ORDER BY name"),
+            width=6,
         ),
         rows_of(
             Answer(
@@ -420,6 +423,7 @@ def _loops(board: Board) -> None:
                  ORDER BY failures DESC
                  LIMIT 50
             """),
+            width=8,
         ),
     )
     board.line(
@@ -573,6 +577,7 @@ def _processes(board: Board) -> None:
             rows("sum by (instance) (proxy_workers)"),
             rows("sum by (instance) (proxy_open_connections)"),
             rows('max by (instance) (scrape_duration_seconds{job=~"controlplane|proxy"})'),
+            width=8,
         ),
     )
 

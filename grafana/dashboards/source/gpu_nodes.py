@@ -34,6 +34,7 @@ _THIS_NODE = to_board(GPU_NODES, "Only this node", node=label("node"))
 
 # whose job it is: of a job of somebody else there is no target, and it has no replica
 _REPLICAS = 'group by (slurm_job_id, replica, model) (up{job="vllm", slurm_job_id!=""})'
+FATAL_XIDS = "48|63|64|74|79|94|95|119|120"  # as in grafana/alerts/drain-node.yaml
 _CAUSES = {"operator": State("blue"), "alert": State("red"), "failures": State("orange")}
 _BY_GPU = "node, gpu, modelName, slurm_job_id"
 
@@ -108,15 +109,15 @@ def _at_a_glance(board: Board) -> None:
         ),
         single(
             Answer(
-                "XIDs in 5 minutes",
-                "Errors that the driver reported. 48, 63, 64, 74, 79, 94 and 95 mean a broken GPU: its node is "
-                "drained by the alert; 13, 31, 43 and 45 mostly come from programs, 45 at every end of a job.",
+                "Fatal XIDs in 5 minutes",
+                "Errors of the driver that mean a broken GPU (48, 63, 64, 74, 79, 94, 95, 119, 120): its node is "
+                "drained by the alert. Those that mostly come from programs (13, 31, 43, 45) are among all XIDs below.",
                 unit="short",
                 empty=_NO_DCGM,
                 limits=ANY_IS_BAD,
                 decimals=0,
             ),
-            now(f"sum(gpu:xid_errors:increase5m{{{_NODE}}}) or 0 * count({_GPUS})"),
+            now(f'sum(gpu:xid_errors:increase5m{{{_NODE}, xid=~"{FATAL_XIDS}"}}) or 0 * count({_GPUS})'),
             is_alarm=True,
         ),
         single(

@@ -226,12 +226,16 @@ def curves(
     is_stacked: bool = False,
     steps: bool = False,
     names_right: bool = False,
+    shows_last: str = "",
 ) -> Panel:
-    """Numbers over time. Limits are dashed lines. `steps` for counts, which jump; `names_right` for many series."""
+    """Numbers over time. Limits are dashed lines. `steps` for counts, which jump; `names_right` for many series.
+
+    `shows_last`: as many days as `31d`, whatever time the board shows, as bars, for numbers that there are once a day.
+    """
     custom = timeseries.FieldConfig(
-        draw_style=common.GraphDrawStyle.LINE,
+        draw_style=common.GraphDrawStyle.BARS if shows_last else common.GraphDrawStyle.LINE,
         line_width=1,
-        fill_opacity=40 if is_stacked else 8,
+        fill_opacity=80 if shows_last else 40 if is_stacked else 8,
         line_interpolation=common.LineInterpolation.STEP_AFTER if steps else common.LineInterpolation.LINEAR,
         show_points=common.VisibilityMode.NEVER,
         stacking=common.StackingConfig(
@@ -249,7 +253,7 @@ def curves(
     )
     tooltip = common.VizTooltipOptions(common.TooltipDisplayMode.MULTI, common.SortOrder.DESCENDING)
     options = timeseries.Options(legend=legend, tooltip=tooltip)
-    return _panel(
+    panel = _panel(
         "timeseries",
         answer,
         queries,
@@ -258,6 +262,8 @@ def curves(
         custom=custom,
         colour=FieldColorModeId.PALETTE_CLASSIC,
     )
+    panel.time_from = shows_last or None
+    return panel
 
 
 def rows_of(

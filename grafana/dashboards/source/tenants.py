@@ -390,7 +390,8 @@ def _days(board: Board) -> None:
                  GROUP BY day, tenant
                  ORDER BY day
             """),
-            steps=True,
+            is_stacked=True,
+            shows_last="31d",
         ),
         curves(
             Answer(
