@@ -16,7 +16,7 @@ from psycopg.conninfo import make_conninfo
 from typer.testing import CliRunner
 
 from controlplane.cli import cli
-from controlplane.core.host_lists import expand
+from controlplane.core.host_lists import expand, in_order
 from controlplane.core.types import DecisionReason, ExternalEndpoint, JobState, Phase, SlurmResources, VllmOptions
 from controlplane.db import Database, dashboards, job_logs, keys, migrate, nodes, replica_sets, tenants, usage
 from controlplane.db.errors import DatabaseError, NotFound
@@ -441,6 +441,9 @@ async def test_a_node_knows_the_replicas_that_have_several_nodes(
                     "INSERT INTO nodes (node, cause, reason, actor, since) VALUES (%s, 'operator', 'x', 'ann', %s)",
                     [name, NOW],
                 )
+    for view in ("replicas", "slurm_jobs", "slurm_job_states"):
+        [row] = rows(reader, f"SELECT node, nodes FROM grafana.{view} WHERE nodes IS NOT NULL")
+        assert (row["node"], row["nodes"]) == (in_order(nodes_of_job)[0], nodes_of_job), view
     told = {row["node"]: row["replicas"] for row in rows(reader, "SELECT node, replicas FROM grafana.nodes")}
     has = expand(nodes_of_job)
     assert told == {name: int(name in has) for name in candidates}

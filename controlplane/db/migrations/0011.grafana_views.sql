@@ -13,6 +13,10 @@ DO $$ BEGIN -- where this user may not make a schema, somebody who may has made 
     END IF;
 END $$;
 
+CREATE FUNCTION grafana.first_node(nodes text) RETURNS text LANGUAGE sql IMMUTABLE AS $$ -- of Slurm's `r[1-2]c[07-16],s1`
+    SELECT regexp_replace((regexp_match(nodes, '^(?:[^],[]|\[[0-9,-]+\])+'))[1], '\[(\d+)[^]]*\]', '\1', 'g')
+$$;
+
 CREATE INDEX decisions_by_time ON decisions (at);
 CREATE INDEX decisions_by_alert ON decisions USING gin (alerts) WITH (fastupdate = off); -- few are written, many asked for
 CREATE INDEX slurm_job_history_by_time ON slurm_job_history (at);
@@ -104,7 +108,8 @@ SELECT r.name,
        r.reason,
        r.message,
        r.slurm_job_id,
-       nullif(j.nodes, '') AS node,
+       grafana.first_node(j.nodes) AS node, -- where the server answers
+       nullif(j.nodes, '') AS nodes,
        coalesce((r.spec->'slurm'->>'nodes')::integer, 1)
            * coalesce((r.spec->'slurm'->>'gpus_per_node')::integer, 0) AS gpus,
        j.raw_state AS slurm_state,
@@ -166,7 +171,8 @@ SELECT r.name AS replica,
        j.state,
        j.raw_state,
        nullif(nullif(j.state_reason, ''), 'None') AS reason,
-       nullif(j.nodes, '') AS node,
+       grafana.first_node(j.nodes) AS node, -- where the server answers
+       nullif(j.nodes, '') AS nodes,
        coalesce((r.spec->'slurm'->>'nodes')::integer, 1)
            * coalesce((r.spec->'slurm'->>'gpus_per_node')::integer, 0) AS gpus,
        j.submitted_at,
@@ -193,7 +199,8 @@ SELECT r.name AS replica,
        h.raw_state,
        nullif(nullif(h.state_reason, ''), 'None') AS reason,
        h.is_held AS held,
-       nullif(h.nodes, '') AS node,
+       grafana.first_node(h.nodes) AS node,
+       nullif(h.nodes, '') AS nodes,
        h.restart_count,
        h.at AS began_at,
        next.at AS ended_at
