@@ -15,7 +15,7 @@ from controlplane.demo.slurm_cluster import SlurmCluster
 from tests.e2e.slurm_matrix import release_under_test
 
 # `make test-vllm` names a venv with vLLM; without one there is nothing to run these on, and `make test` has none
-collect_ignore = [] if "VLLM_VENV" in os.environ else ["test_real_vllm.py"]
+collect_ignore = [] if "VLLM_VENV" in os.environ else ["test_real_vllm.py", "test_real_vllm_nodes.py"]
 
 PrometheusFactory = Callable[[PrometheusOptions], Prometheus]
 AlertmanagerFactory = Callable[[AlertmanagerOptions], Alertmanager]
