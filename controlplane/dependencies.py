@@ -18,7 +18,8 @@ from controlplane.slurm.client import SlurmClient
 from controlplane.slurm.errors import SlurmError, SlurmForbidden
 from controlplane.web import Part, PartStatus
 
-_DATABASE_SECONDS = 2.0
+_DATABASE_SECONDS = 5.0  # while all is well: what needs it notices earlier, and says so
+_DATABASE_AWAY_SECONDS = 2.0
 _POOL_SECONDS = 0.5  # all its connections may be in use
 _SLURM_SECONDS = 10.0
 
@@ -43,7 +44,7 @@ class DatabaseWatch:
                 before = kind
             if kind is None:
                 self.ready.set()
-            await asyncio.sleep(_DATABASE_SECONDS)
+            await asyncio.sleep(_DATABASE_SECONDS if kind is None else _DATABASE_AWAY_SECONDS)
 
     async def _look(self) -> tuple[str | None, str, str]:
         try:

@@ -376,11 +376,10 @@ class Call:
             self._events = EventReader(hides_usage=self._hides_usage)
 
     def body_came(self, piece: bytes) -> None:
-        now = self._heard_at = self._plane.now
         if self._phase is not _ANSWERING:
             self._first_piece(piece)
             return
-        self._client.deadline = now + self._patience
+        self._heard_at = self._plane.now  # the deadline is moved when it passes: most streams end before
         self._pieces += 1
         if self._events is not None:
             piece = self._events.feed(piece)
@@ -610,7 +609,9 @@ class Call:
 
     def deadline_passed(self, now: float) -> None:
         """The client's deadline, which is this call's while there is one."""
-        if self._phase is _ANSWERING and now - self._heard_at >= self._plane.options.idle_timeout_seconds:
+        if self._phase is _ANSWERING and now < self._heard_at + self._patience:
+            self._client.deadline = self._heard_at + self._patience
+        elif self._phase is _ANSWERING and now - self._heard_at >= self._plane.options.idle_timeout_seconds:
             self._break_off(Failure.BROKEN)
         elif self._phase is _CONNECTING and now >= self._breaks_at:
             self._failed(Failure.CONNECT_TIMEOUT)

@@ -44,6 +44,7 @@ _ORDER = (_MONTH, _CONCURRENT, _REQUESTS, _TOKENS)  # of several that are reache
 
 _BUSY_SECONDS = 0.5  # between two exchanges while others work for the same tenants
 _IDLE_SECONDS = 1.0
+_ALONE_SECONDS = 2.0  # to notice that another worker has come
 _UNLIMITED_SECONDS = 5.0  # no tenant has a limit; well below what a worker is forgotten after
 _LEAST_GAP_SECONDS = 0.05
 _SURE_SECONDS = 0.1
@@ -221,8 +222,10 @@ class Limits:
     def _pause_seconds(self) -> float:
         if not self._tenants:
             return _UNLIMITED_SECONDS
+        if self._shared.workers == 1:
+            return _ALONE_SECONDS
         now = self._clock()
-        if self._is_busy or (self._shared.workers > 1 and any(one.is_used(now) for one in self._tenants.values())):
+        if self._is_busy or any(one.is_used(now) for one in self._tenants.values()):
             return _BUSY_SECONDS
         return _IDLE_SECONDS
 

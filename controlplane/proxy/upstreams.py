@@ -228,13 +228,9 @@ class UpstreamConnection(asyncio.Protocol):
             if self.caller is not caller:
                 return
         pieces = self._pieces
-        if not pieces:
-            piece = b""
-        elif len(pieces) == 1:
-            piece = pieces[0]
-            pieces.clear()
-        else:
-            piece = b"".join(pieces)
+        piece = pieces.pop() if pieces else b""
+        if pieces:
+            piece = b"".join(pieces) + piece
             pieces.clear()
         if self._has_ended:
             self._end(caller, piece)
