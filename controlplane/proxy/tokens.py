@@ -107,10 +107,7 @@ def tokens_of(body: bytes) -> TokenCount:
         answer = _decode_answer(body)
     except _UNREADABLE:
         return tokens
-    if answer.usage is not None and answer.response is None and answer.message is None:
-        tokens._add(answer.usage)
-    else:
-        tokens._add_answer(answer)
+    tokens._add_answer(answer)
     return tokens
 
 
