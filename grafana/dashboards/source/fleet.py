@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from grafana.dashboards.source.board import FLEET, MODEL, REPLICA, Board, cell, label, of_prometheus, to_board
+from grafana.dashboards.source.demand import demand
 from grafana.dashboards.source.panels import (
     ANY_IS_BAD,
     NEUTRAL,
@@ -229,24 +230,13 @@ def _tables(made: Board) -> None:
 def _demand(made: Board) -> None:
     made.line(
         7,
-        curves(
-            Answer(
-                "Demand",
-                "Requests that run in engines, wait in engines, and are held in proxies. A growing share that waits is "
-                "what scaling up is for.",
-                unit="short",
-                empty="nothing is scraped",
-                lowest=0,
-                overrides=(
-                    coloured("running", "green"),
-                    coloured("waiting in engines", "yellow"),
-                    coloured("held in proxies", "red"),
-                ),
-            ),
-            series(f"sum(model:requests_running:sum{{{MODELS}}})", "running"),
-            series(f"sum(model:requests_waiting:sum{{{MODELS}}})", "waiting in engines"),
-            series(f"sum(proxy_held_requests{{{MODELS}}})", "held in proxies"),
-            is_stacked=True,
+        demand(
+            "Demand",
+            "Requests that run in engines, wait in engines, and are held in proxies. A growing share that waits is "
+            "what scaling up is for.",
+            running=f"sum(model:requests_running:sum{{{MODELS}}})",
+            waiting=f"sum(model:requests_waiting:sum{{{MODELS}}})",
+            held=f"sum(proxy_held_requests{{{MODELS}}})",
         ),
         curves(
             Answer(

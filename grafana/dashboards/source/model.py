@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from grafana.dashboards.source.board import MODEL, REPLICA, Board, cell, label, of_prometheus, to_board
+from grafana.dashboards.source.demand import demand
 from grafana.dashboards.source.panels import (
     PHASES,
     Answer,
@@ -224,23 +225,12 @@ def _latencies(made: Board) -> None:
 def _engines(made: Board) -> None:
     made.line(
         7,
-        curves(
-            Answer(
-                "Running and waiting",
-                "Requests that run in engines, wait in engines, and are held in proxies.",
-                unit="short",
-                empty="nothing is scraped",
-                lowest=0,
-                overrides=(
-                    coloured("running", "green"),
-                    coloured("waiting in engines", "yellow"),
-                    coloured("held in proxies", "red"),
-                ),
-            ),
-            series(f"sum(replica:requests_running{{{OF_SETS}}})", "running"),
-            series(f"sum(replica:requests_waiting{{{OF_SETS}}})", "waiting in engines"),
-            series(f"sum(proxy_held_requests{{{OF_MODEL}}})", "held in proxies"),
-            is_stacked=True,
+        demand(
+            "Running and waiting",
+            "Requests that run in engines, wait in engines, and are held in proxies.",
+            running=f"sum(replica:requests_running{{{OF_SETS}}})",
+            waiting=f"sum(replica:requests_waiting{{{OF_SETS}}})",
+            held=f"sum(proxy_held_requests{{{OF_MODEL}}})",
         ),
         curves(
             Answer(
