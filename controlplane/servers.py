@@ -15,17 +15,18 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from email.utils import formatdate
 from typing import Any, Protocol, cast
 
 import uvicorn
 from loguru import logger
 from starlette.types import ASGIApp
+from uvicorn.server import ServerState
 
 _BACKLOG = 2048
 _KEEP_ALIVE_SECONDS = 75  # longer than clients keep idle connections: it is they who close them, between requests
 _NEWCOMERS_SECONDS = 1.0  # who has connected sends a request at once, or keeps the connection for later
-_DATE_SECONDS = 1.0
 _LOOK_SECONDS = 0.02
 _CLOSING = (b"connection", b"close")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -44,6 +45,28 @@ class Service(Protocol):
         """Returns some time after `stop`. Cancelled, it ends at once."""
 
     def stop(self) -> None: ...
+
+
+class _State(ServerState):
+    """Renews `date` when an answer is to tell it, not each second whether there is one or not."""
+
+    def __init__(self) -> None:
+        self._second = -1
+        super().__init__()
+
+    @property
+    def default_headers(self) -> list[tuple[bytes, bytes]]:
+        """The same list, not only an equal one, as long as it says the same."""
+        second = int(time.time())
+        if second != self._second:
+            self._second = second
+            self._headers = [(b"date", formatdate(second, usegmt=True).encode()), *self._others]
+        return self._headers
+
+    @default_headers.setter
+    def default_headers(self, headers: list[tuple[bytes, bytes]]) -> None:
+        self._others = [header for header in headers if header[0] != b"date"]
+        self._second = -1
 
 
 class Server(uvicorn.Server):
@@ -85,6 +108,7 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=round(drain_timeout_seconds),
             )
         )
+        self.server_state = _State()
 
     async def work(self) -> None:
         await self.serve(sockets=[self.socket])
@@ -101,12 +125,8 @@ class Server(uvicorn.Server):
         logger.info(f"serving the {self.name} at {self.url}")
 
     async def main_loop(self) -> None:
-        """uvicorn's wakes ten times a second to look whether it shall end. This one is told; `date` is renewed each
-        second, as it is there each tenth time."""
-        while not await self.on_tick(0):
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_DATE_SECONDS):
-                    await self._is_told.wait()
+        """uvicorn's wakes ten times a second, to look whether it shall end and what time it is. This one is told."""
+        await self._is_told.wait()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         # uvicorn would close every connection that has no request, and what waits in the kernel's queue with the socket
@@ -122,7 +142,7 @@ class Server(uvicorn.Server):
         await super().shutdown(None)
 
     def _announce_end(self) -> None:
-        """In every answer, for uvicorn closes connections by that header; it renews its headers once a second."""
+        """In every answer, for uvicorn closes connections by that header."""
         headers = self.server_state.default_headers
         if _CLOSING not in headers:
             self.server_state.default_headers = [*headers, _CLOSING]

@@ -21,6 +21,14 @@ _COLUMNS = (
     "coalesce(r.phase = 'DRAINING', false) AS is_draining, e.health, e.passes, e.fails, e.first_ready_at, "
     "e.failing_since, e.probed_at, e.confirmed_at, e.running, e.waiting, e.generated_tokens, e.message"
 )
+ROUTABLE = (
+    "SELECT endpoint_id, model, replica_set, priority, url, api_key, replica, first_ready_at, ends_at, running_since, "
+    "hand_over_margin_seconds, routing, vllm_args FROM routable_endpoints ORDER BY endpoint_id"
+)
+SERVED = (
+    "SELECT model, created_at, is_paused, paused_until, routable, starting_since, start_seconds_p95, can_start, "
+    "load_seconds_p95, loading_since, expected_start_at FROM served_models ORDER BY model"
+)
 _ROUTING: TypeAdapter[RoutingPolicy] = TypeAdapter(RoutingPolicy)
 _FROM = "endpoints e JOIN replica_sets s ON s.name = e.replica_set LEFT JOIN replicas r ON r.id = e.replica_id"
 
@@ -111,21 +119,8 @@ async def save(db: Database, endpoint: Endpoint, *, seen: Endpoint) -> None:
 async def load_routable(db: Database) -> tuple[RoutableEndpoint, ...]:
     """What the proxy may send requests to, now."""
     async with db.connection() as connection:
-        cursor = await connection.execute(
-            "SELECT endpoint_id, model, replica_set, priority, url, api_key, replica, first_ready_at, ends_at, "
-            "running_since, hand_over_margin_seconds, routing, vllm_args FROM routable_endpoints ORDER BY endpoint_id"
-        )
-        return tuple(_routable(row) for row in await cursor.fetchall())
-
-
-async def load_served_models(db: Database) -> tuple[ServedModel, ...]:
-    """Every model that a replica set serves, scaled to zero or not."""
-    async with db.connection() as connection:
-        cursor = await connection.execute(
-            "SELECT model, created_at, is_paused, paused_until, routable, starting_since, start_seconds_p95, "
-            "can_start, load_seconds_p95, loading_since, expected_start_at FROM served_models ORDER BY model"
-        )
-        return tuple(ServedModel(**row) for row in await cursor.fetchall())
+        cursor = await connection.execute(ROUTABLE)
+        return routable_of(await cursor.fetchall())
 
 
 async def load_targets(db: Database) -> list[Target]:
@@ -138,6 +133,16 @@ async def load_targets(db: Database) -> list[Target]:
             "WHERE e.replica_id IS NULL OR (r.phase IN ('RUNNING', 'DRAINING') AND j.state = 'RUNNING') ORDER BY e.id"
         )
         return [Target(**{**row, "node": first_node(row["node"])}) for row in await cursor.fetchall()]
+
+
+def routable_of(rows: list[DictRow]) -> tuple[RoutableEndpoint, ...]:
+    """What `ROUTABLE` has found."""
+    return tuple(_routable(row) for row in rows)
+
+
+def served_of(rows: list[DictRow]) -> tuple[ServedModel, ...]:
+    """What `SERVED` has found."""
+    return tuple(ServedModel(**row) for row in rows)
 
 
 def _routable(row: DictRow) -> RoutableEndpoint:

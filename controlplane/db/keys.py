@@ -17,6 +17,10 @@ from controlplane.db.pool import Database
 _PREFIX_LENGTH = 11  # "sk-" and 8 characters: enough to tell keys apart, far too few to guess the rest
 
 _COLUMNS = "id, tenant, prefix, key_hash, models, created_at, expires_at, revoked_at"
+ACTIVE = (
+    f"SELECT {_COLUMNS} FROM api_keys "
+    "WHERE revoked_at IS NULL AND (expires_at IS NULL OR expires_at > %s) ORDER BY id DESC"
+)
 
 
 def hash_key(key: str) -> bytes:
@@ -50,14 +54,7 @@ async def load_all(db: Database) -> tuple[ApiKey, ...]:
     """Every key ever made, newest first."""
     async with db.connection() as connection:
         cursor = await connection.execute(f"SELECT {_COLUMNS} FROM api_keys ORDER BY id DESC")
-        return tuple(_api_key(row) for row in await cursor.fetchall())
-
-
-async def load_active(db: Database, now: datetime) -> tuple[ApiKey, ...]:
-    """The keys that are neither revoked nor expired."""
-    return tuple(
-        key for key in await load_all(db) if key.revoked_at is None and (key.expires_at is None or key.expires_at > now)
-    )
+        return keys_of(await cursor.fetchall())
 
 
 async def revoke(db: Database, prefix: str, now: datetime, *, actor: str) -> ApiKey:
@@ -76,6 +73,11 @@ async def revoke(db: Database, prefix: str, now: datetime, *, actor: str) -> Api
             words = f"key {prefix}... of {row['tenant']} revoked"
             await audit.record(connection, audit.Said(now, actor, "API key", prefix, words))
     return _api_key(row)
+
+
+def keys_of(rows: list[DictRow]) -> tuple[ApiKey, ...]:
+    """What `ACTIVE` has found."""
+    return tuple(_api_key(row) for row in rows)
 
 
 def _api_key(row: DictRow) -> ApiKey:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 
-from controlplane.db.pool import Connection, Database
+from controlplane.db.pool import WORKERS_CHANNEL, Connection, Database
 
 LIVE_SECONDS = 12.0
 _LOCK = 0x6C696D697473  # "limits": any constant that nobody else in this database uses
@@ -99,13 +99,17 @@ async def _look_round(connection: Connection, worker: str, budgeted: Sequence[st
 
 
 async def _hear(connection: Connection, worker: str, budgeted: Sequence[str]) -> Exchanged:
-    await connection.execute(
+    cursor = await connection.execute(
         """
         INSERT INTO proxy_workers (worker, seen_at) VALUES (%s, clock_timestamp())
         ON CONFLICT (worker) DO UPDATE SET seen_at = excluded.seen_at
+        RETURNING xmax = 0 AS has_joined
         """,
         (worker,),
     )
+    [said] = await cursor.fetchall()
+    if said["has_joined"]:
+        await connection.execute("SELECT pg_notify(%s, '')", (WORKERS_CHANNEL,))
     await connection.execute(
         "DELETE FROM proxy_workers WHERE seen_at < clock_timestamp() - make_interval(secs => %s)", (LIVE_SECONDS,)
     )

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import select
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
@@ -32,6 +33,7 @@ from controlplane.db.errors import DatabaseError, DbUnavailable, Duplicate
 WAKE_CHANNEL = "controlplane_wake"
 PULL_CHANNEL = "controlplane_pull"  # wakes the pull of alerts, which no other news concerns
 ENDPOINTS_CHANNEL = "controlplane_endpoints"  # announced by the schema's triggers
+WORKERS_CHANNEL = "controlplane_workers"  # another proxy's worker shares the limits from now on
 
 Connection = psycopg.AsyncConnection[DictRow]
 _TransactionLost = psycopg.errors.IdleInTransactionSessionTimeout
@@ -73,7 +75,7 @@ class Database:
             timeout=options.timeout_seconds,
             reconnect_timeout=0,
             open=False,
-            check=self._check,
+            check=self._check_if_it_speaks,
             kwargs=self._arguments(),
             name=options.application_name,
         )
@@ -92,16 +94,20 @@ class Database:
         await self.close()
 
     @asynccontextmanager
-    async def connection(self, *, timeout_seconds: float | None = None) -> AsyncIterator[Connection]:
+    async def connection(
+        self, *, timeout_seconds: float | None = None, patience_seconds: float | None = None
+    ) -> AsyncIterator[Connection]:
         """One connection, committing by itself. Raises DbUnavailable, Duplicate, DatabaseError.
 
-        `timeout_seconds`: to wait for one; None: as long as the options say.
+        `timeout_seconds`: to wait for one; None: as long as the options say. `patience_seconds`: for all that is done
+        with it; None: somewhat longer than the server lets a statement run.
         """
         asked = _cancellations()
+        patience = patience_seconds or self._options.statement_timeout_seconds + self._options.timeout_seconds
         async with _translated(), self._pool.connection(timeout_seconds) as connection:
             if _cancellations() > asked:
                 raise asyncio.CancelledError
-            with _patience(connection, self._options.statement_timeout_seconds + self._options.timeout_seconds):
+            with _patience(connection, patience):
                 yield connection
 
     @asynccontextmanager
@@ -136,6 +142,17 @@ class Database:
             async with aclosing(_notified(connection)) as notified:  # the loop lets go of the socket while it is open
                 async for channel in notified:
                     yield channel
+
+    async def _check_if_it_speaks(self, connection: Connection) -> None:
+        """Before each use: costs no journey to the server where nothing is wrong.
+
+        A server that closes a connection says so on it, and nothing else comes unasked but a notice now and then. One
+        that is frozen is found out by patience.
+        """
+        looking = select.poll()
+        looking.register(connection.fileno(), select.POLLIN)
+        if looking.poll(0):
+            await self._check(connection)
 
     async def _check(self, connection: Connection) -> None:
         with _patience(connection, self._options.timeout_seconds):

@@ -17,6 +17,7 @@ from controlplane.db.pool import Database
 _LIMITS = tuple(field.name for field in fields(TenantLimits))
 _COLUMNS = ", ".join(_LIMITS)
 NAME = r"[A-Za-z0-9]([A-Za-z0-9_.@-]{0,62}[A-Za-z0-9])?"
+LIMITS = f"SELECT name, {_COLUMNS} FROM tenants"
 _MOST = {"requests_per_minute": 2**31 - 1, "max_concurrent": 2**31 - 1}  # as wide as their columns
 _MOST_TOKENS = 2**53  # exact in every JSON reader
 _MOST_WEIGHT = 1000
@@ -27,13 +28,6 @@ class Tenant:
     name: str
     limits: TenantLimits
     month_tokens: int  # prompt and completion, of the month that was asked for
-
-
-async def load_limits(db: Database) -> dict[str, TenantLimits]:
-    """Of every tenant, by name."""
-    async with db.connection() as connection:
-        cursor = await connection.execute(f"SELECT name, {_COLUMNS} FROM tenants")
-        return {row["name"]: _limits(row) for row in await cursor.fetchall()}
 
 
 async def load_all(db: Database, now: datetime) -> list[Tenant]:
@@ -80,6 +74,11 @@ async def set_limits(
         said = audit.Said(now, actor, "tenant", name, f"limits of {name}: {_words(before, after)}")
         await audit.record(connection, said)
     return after, True
+
+
+def limits_of(rows: list[DictRow]) -> dict[str, TenantLimits]:
+    """What `LIMITS` has found, by the tenant's name."""
+    return {row["name"]: _limits(row) for row in rows}
 
 
 def _limits(row: DictRow) -> TenantLimits:

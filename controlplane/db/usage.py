@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from enum import StrEnum
 
+import msgspec
+
 from controlplane.db.pool import Database
 
 
@@ -92,18 +94,6 @@ async def store(db: Database, worker: str, batch: int, rows: Sequence[Row]) -> b
 
     Raises DbUnavailable: it is not known whether it is counted; send the same batch again.
     """
-    columns = {
-        "days": [row.day for row in rows],
-        "tenants": [row.tenant for row in rows],
-        "models": [row.model for row in rows],
-        "endpoints": [row.endpoint_id for row in rows],
-        "replicas": [row.replica or "" for row in rows],
-        "requests": [row.requests for row in rows],
-        "aborted": [row.aborted for row in rows],
-        "prompt": [row.prompt_tokens for row in rows],
-        "completion": [row.completion_tokens for row in rows],
-        "cached": [row.cached_tokens for row in rows],
-    }
     async with db.connection() as connection:
         cursor = await connection.execute(
             """
@@ -113,14 +103,12 @@ async def store(db: Database, worker: str, batch: int, rows: Sequence[Row]) -> b
                  WHERE b.batch < excluded.batch
                 RETURNING worker
             ), counted AS (
-                SELECT day, tenant, model, endpoint_id, max(replica) AS replica, sum(requests) AS requests,
-                       sum(aborted) AS aborted, sum(prompt_tokens) AS prompt_tokens,
+                SELECT day, tenant, model, endpoint_id, coalesce(max(replica), '') AS replica,
+                       sum(requests) AS requests, sum(aborted) AS aborted, sum(prompt_tokens) AS prompt_tokens,
                        sum(completion_tokens) AS completion_tokens, sum(cached_tokens) AS cached_tokens
-                  FROM fresh, unnest(%(days)s::date[], %(tenants)s::text[], %(models)s::text[], %(endpoints)s::bigint[],
-                                     %(replicas)s::text[], %(requests)s::bigint[], %(aborted)s::bigint[],
-                                     %(prompt)s::bigint[], %(completion)s::bigint[], %(cached)s::bigint[])
-                       AS u (day, tenant, model, endpoint_id, replica, requests, aborted, prompt_tokens,
-                             completion_tokens, cached_tokens)
+                  FROM fresh, jsonb_to_recordset(%(rows)s::jsonb)
+                       AS u (day date, tenant text, model text, endpoint_id bigint, replica text, requests bigint,
+                             aborted bigint, prompt_tokens bigint, completion_tokens bigint, cached_tokens bigint)
                  GROUP BY day, tenant, model, endpoint_id
             ), by_day AS (
                 INSERT INTO usage AS u (day, tenant, model, endpoint_id, replica_set, replica, requests, aborted,
@@ -145,7 +133,7 @@ async def store(db: Database, worker: str, batch: int, rows: Sequence[Row]) -> b
             )
             SELECT count(*) AS fresh FROM fresh
             """,
-            {"worker": worker, "batch": batch, **columns},
+            {"worker": worker, "batch": batch, "rows": msgspec.json.encode(rows).decode()},
         )
         row = await cursor.fetchone()
     return row is not None and row["fresh"] == 1

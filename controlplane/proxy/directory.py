@@ -21,7 +21,7 @@ from loguru import logger
 from controlplane.clock import utc_now
 from controlplane.core.balancing import policy_of
 from controlplane.core.types import ApiKey, RoutableEndpoint, RoutingPolicy, ServedModel, TenantLimits
-from controlplane.db import ENDPOINTS_CHANNEL, Database, DatabaseError, endpoints, keys, tenants
+from controlplane.db import ENDPOINTS_CHANNEL, WORKERS_CHANNEL, Database, DatabaseError, directory
 
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.1, 5.0
 
@@ -76,10 +76,19 @@ def seconds_to_ready(model: ServedModel, now: datetime) -> float | None:
 class Directory:
     """Holds the newest snapshot. `refresh` reads once; `run` keeps it fresh until it is cancelled."""
 
-    def __init__(self, db: Database, *, refresh_seconds: float, on_read: Callable[[Snapshot], None]) -> None:
+    def __init__(
+        self,
+        db: Database,
+        *,
+        refresh_seconds: float,
+        on_read: Callable[[Snapshot], None],
+        on_worker: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_worker` is called when another worker may have joined: it is heard of over the same connection."""
         self._db = db
         self._refresh_seconds = refresh_seconds
         self._on_read = on_read
+        self._on_worker = on_worker
         self._wake = asyncio.Event()
         self._one_at_a_time = asyncio.Lock()  # an older read must not overwrite a newer one
         self._read_at = time.monotonic()  # until the first read: since when it has been tried
@@ -138,10 +147,13 @@ class Directory:
         wait_seconds = _FIRST_WAIT_SECONDS
         while True:
             try:
-                async for _ in self._db.listen(ENDPOINTS_CHANNEL):
+                async for channel in self._db.listen(ENDPOINTS_CHANNEL, WORKERS_CHANNEL):
                     is_deaf = False
                     wait_seconds = _FIRST_WAIT_SECONDS
-                    self._wake.set()
+                    if channel != WORKERS_CHANNEL:
+                        self._wake.set()
+                    if channel != ENDPOINTS_CHANNEL:
+                        self._on_worker()
             except DatabaseError as error:
                 # A database that is away is the read's to report; it is one outage, hence one line. One that was away
                 # and can be read by now may be listened to by now as well: if not, that is said next time.
@@ -161,13 +173,14 @@ def retry_after_seconds(estimate: float | None, *, default: int = 30) -> int:
 
 
 async def _read(db: Database, now: datetime) -> Snapshot:
+    listed = await directory.read(db, now)
     routable: dict[str, list[RoutableEndpoint]] = defaultdict(list)
-    for endpoint in await endpoints.load_routable(db):
+    for endpoint in listed.endpoints:
         routable[endpoint.model].append(endpoint)
     return Snapshot(
-        models={model.model: model for model in await endpoints.load_served_models(db)},
+        models={model.model: model for model in listed.models},
         endpoints={model: tuple(those) for model, those in routable.items()},
-        keys={key.key_hash: key for key in await keys.load_active(db, now)},
+        keys={key.key_hash: key for key in listed.keys},
         routing={model: policy_of(those) for model, those in routable.items()},
-        tenants=await tenants.load_limits(db),
+        tenants=listed.limits,
     )

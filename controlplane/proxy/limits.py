@@ -44,8 +44,7 @@ _ORDER = (_MONTH, _CONCURRENT, _REQUESTS, _TOKENS)  # of several that are reache
 
 _BUSY_SECONDS = 0.5  # between two exchanges while others work for the same tenants
 _IDLE_SECONDS = 1.0
-_ALONE_SECONDS = 2.0  # to notice that another worker has come
-_UNLIMITED_SECONDS = 5.0  # no tenant has a limit; well below what a worker is forgotten after
+_UNHURRIED_SECONDS = 5.0  # alone, or no tenant has a limit; well below what a worker is forgotten after
 _LEAST_GAP_SECONDS = 0.05
 _SURE_SECONDS = 0.1
 _ON_ITS_OWN_AFTER_SECONDS = 4.0
@@ -145,6 +144,10 @@ class Limits:
             headers = found.take_seen(estimate)
         return Grant(found, estimate, headers)
 
+    def worker_joined(self) -> None:
+        """Another one has, or may have: share with it at once."""
+        self._wake.set()
+
     async def run(self) -> None:
         """Exchange until cancelled."""
         while True:
@@ -220,10 +223,8 @@ class Limits:
             return  # it is forgotten after a while
 
     def _pause_seconds(self) -> float:
-        if not self._tenants:
-            return _UNLIMITED_SECONDS
-        if self._shared.workers == 1:
-            return _ALONE_SECONDS
+        if not self._tenants or self._shared.workers == 1:
+            return _UNHURRIED_SECONDS
         now = self._clock()
         if self._is_busy or any(one.is_used(now) for one in self._tenants.values()):
             return _BUSY_SECONDS

@@ -44,7 +44,7 @@ class Plane:
     now: float = field(default_factory=time.monotonic)
     today: date = field(default_factory=lambda: utc_now().date())
 
-    # What every answer says. uvicorn makes a new list every second; in between it is written once.
+    # What every answer says: written anew when the server has a new list, which is once a second.
     default_headers: list[tuple[bytes, bytes]] = field(default_factory=list)
     default_lines: bytes = b""
 

@@ -24,7 +24,7 @@ _REFRESH_SECONDS = 5.0
 _IDLE_SECONDS = 30.0  # between two looks for what workers left that are gone
 _RETRY_SECONDS = 1.0
 _LEAST_SECONDS = 0.5  # between two tellings: those who come and go in a moment are one
-_TICK_SECONDS = 0.5  # between two looks at the rooms: for a queue that has lasted, and for the end of what was told
+_TICK_SECONDS = 0.5  # between two looks at rooms in which somebody waits: for a queue that has lasted, or has ended
 
 
 class HeldPressure:
@@ -49,11 +49,16 @@ class HeldPressure:
         self._told: dict[str, bool] | None = None  # by model: is it a hold? None: not known
         self._told_at = -_IDLE_SECONDS
         self._is_failing = False
+        self._is_resting = False
         rooms.on_hold = self._wake.set
+        rooms.on_queue = self._queue_began
 
     async def run(self) -> None:
         while True:
             pause = await self._turn()
+            self._is_resting = not self._told and self._rooms.are_empty
+            if not self._is_resting:
+                pause = min(pause, _TICK_SECONDS)
             try:
                 async with asyncio.timeout(pause):
                     await self._wake.wait()
@@ -70,8 +75,13 @@ class HeldPressure:
             except DatabaseError as error:
                 logger.warning("held requests could not be told", error=str(error))
 
+    def _queue_began(self) -> None:
+        if self._is_resting:
+            self._is_resting = False
+            self._wake.set()
+
     async def _turn(self) -> float:
-        """Tell, if it is time to. Returns in how many seconds it may be."""
+        """Tell, if it is time to. Returns in how many seconds it will be, if nothing happens."""
         now = self._clock()
         asks = self._rooms.asks(now)
         asked = {model: bool(one.held) for model, one in asks.items()}
@@ -83,7 +93,7 @@ class HeldPressure:
         else:
             due_in = (_REFRESH_SECONDS if asked else _IDLE_SECONDS) - since
         if due_in > 0:
-            return min(due_in, _TICK_SECONDS)
+            return due_in
         self._told_at = now
         waiting = {model: (one.held, one.queued) for model, one in asks.items()}
         try:
@@ -93,11 +103,11 @@ class HeldPressure:
                 logger.warning("held requests cannot be told: no replica is asked for", error=str(error))
             self._is_failing = True
             self._told = None
-        else:
-            self._is_failing = False
-            self._told = asked
-            if told.raised:
-                logger.info("requests wait: a replica is asked for", models=", ".join(told.raised))
-            if told.resolved:
-                logger.info("no requests wait any more", models=", ".join(told.resolved))
-        return _TICK_SECONDS
+            return _RETRY_SECONDS
+        self._is_failing = False
+        self._told = asked
+        if told.raised:
+            logger.info("requests wait: a replica is asked for", models=", ".join(told.raised))
+        if told.resolved:
+            logger.info("no requests wait any more", models=", ".join(told.resolved))
+        return _REFRESH_SECONDS if asked else _IDLE_SECONDS

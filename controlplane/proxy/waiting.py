@@ -210,6 +210,7 @@ class WaitingRooms:
         self._workers = 1
         self._is_sweeping = False
         self.on_hold: Callable[[], None] = lambda: None  # called when a hold begins
+        self.on_queue: Callable[[], None] = lambda: None  # when a queue does, which at a full model is often
 
     @property
     def loop(self) -> Timers:
@@ -254,6 +255,7 @@ class WaitingRooms:
         if is_first:
             if room.endpoints:
                 room.queued_since = now
+                self.on_queue()
             else:
                 self.on_hold()
         self.settle(room)
@@ -311,6 +313,11 @@ class WaitingRooms:
     def queued(self) -> Mapping[str, int]:
         """How many wait because all replicas are full, by model; those for whom nobody does are absent."""
         return {name: room.seats.waiting for name, room in self._rooms.items() if room.seats.waiting and room.endpoints}
+
+    @property
+    def are_empty(self) -> bool:
+        """Nobody waits, for any model."""
+        return not any(room.seats.waiting for room in self._rooms.values())
 
     def asks(self, now: float) -> dict[str, Waits]:
         """Which models ask for a replica: what is held does at once, a queue when it has lasted."""

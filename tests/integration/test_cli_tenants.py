@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 from controlplane.cli import cli
 from controlplane.clock import utc_now
 from controlplane.core.types import TenantLimits
-from controlplane.db import Database, tenants, usage
+from controlplane.db import Database, directory, usage
 from tests.integration.db_rows import NOW
 from tests.integration.test_cli import environment, one_sentence, with_db
 from tests.integration.test_usage import a_job
@@ -142,7 +142,7 @@ def test_limits_are_set_shown_removed_and_audited(run: Callable[..., Result], da
     assert removed.output == "lab: no limits, weight 2.5\n"
 
     async def limits(db: Database) -> Any:
-        return await tenants.load_limits(db)
+        return (await directory.read(db, utc_now())).limits
 
     assert with_db(database_url, limits) == {"lab": TenantLimits(weight=2.5)}
     audit = json.loads(run("get", "audit", "-o", "json").output)

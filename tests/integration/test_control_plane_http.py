@@ -8,8 +8,9 @@ from datetime import timedelta
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from controlplane.clock import utc_now
 from controlplane.core.types import ExternalEndpoint, HandOver, JobState, Phase, ReplicaSetSpec, SlurmResources
-from controlplane.db import Database, DatabaseOptions, endpoints, keys, leases, replica_sets, tenants, usage
+from controlplane.db import Database, DatabaseOptions, directory, endpoints, keys, leases, replica_sets, tenants, usage
 from controlplane.db.endpoints import Target
 from controlplane.web import Part, PartStatus
 from controlplane.web.service_discovery import target_group
@@ -41,7 +42,7 @@ async def test_a_replica_serves_the_model_it_was_started_for_whatever_its_set_is
     await make_set(rig.db, model="renamed")
     assert [one.model for one in await endpoints.load_routable(rig.db)] == ["m"]
     assert [one.model for one in await endpoints.load_live(rig.db)] == ["m"]
-    assert [(one.model, one.routable) for one in await endpoints.load_served_models(rig.db)] == [("renamed", 0)]
+    assert [(one.model, one.routable) for one in (await directory.read(rig.db, utc_now())).models] == [("renamed", 0)]
 
 
 async def test_a_replica_is_probed_as_it_was_started_to_be_whatever_its_set_says_now(rig: WebRig) -> None:

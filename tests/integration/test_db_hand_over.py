@@ -10,8 +10,9 @@ from datetime import timedelta
 import psycopg
 import pytest
 
+from controlplane.clock import utc_now
 from controlplane.core.types import HandOver, JobState, Phase, Replica, ReplicaSet, VllmOptions
-from controlplane.db import Database, Stale, endpoints, replica_sets, replicas, slurm_jobs
+from controlplane.db import Database, Stale, directory, endpoints, replica_sets, replicas, slurm_jobs
 from controlplane.db.migrate import DIRECTORY
 from controlplane.demo.postgres import PrivatePostgres
 from tests.integration.db_rows import NOW, make_ready, make_replica, make_set, observe, opened, to
@@ -88,7 +89,7 @@ async def test_sets_are_measured_apart_and_a_model_is_promised_the_longest_lead(
     await start(db, await make_set(db), 40)
     await start(db, await make_set(db, "b"), 70)
     assert await lead(db) == 40
-    (model,) = await endpoints.load_served_models(db)
+    (model,) = (await directory.read(db, utc_now())).models
     assert model.start_seconds_p95 == 70
 
 

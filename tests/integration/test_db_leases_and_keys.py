@@ -13,6 +13,7 @@ from controlplane.db import (
     DatabaseOptions,
     DbUnavailable,
     NotFound,
+    directory,
     keys,
     leases,
     missing_migrations,
@@ -87,11 +88,11 @@ async def test_a_key_is_known_by_its_hash_only_and_revoked_by_its_prefix(db: Dat
         row = await (await connection.execute("SELECT api_keys::text AS all FROM api_keys")).fetchone()
     assert row is not None
     assert key not in row["all"]
-    assert await keys.load_active(db, NOW) == (made,)
-    assert await keys.load_active(db, NOW + LONG) == ()
+    assert (await directory.read(db, NOW)).keys == (made,)
+    assert (await directory.read(db, NOW + LONG)).keys == ()
     revoked = await keys.revoke(db, key, NOW, actor="ann")
     assert await keys.revoke(db, made.prefix, NOW + LONG, actor="ann") == revoked
-    assert await keys.load_active(db, NOW) == ()
+    assert (await directory.read(db, NOW)).keys == ()
     with pytest.raises(NotFound):
         await keys.revoke(db, "sk-nobody00", NOW, actor="ann")
 

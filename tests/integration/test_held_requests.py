@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from controlplane.clock import utc_now
 from controlplane.core.held_requests import GOOD_FOR, HELD, QUEUED, SOURCE
 from controlplane.core.types import (
     Alert,
@@ -32,6 +33,7 @@ from controlplane.db import (
     Database,
     DbUnavailable,
     alerts,
+    directory,
     endpoints,
     freezes,
     held_requests,
@@ -317,7 +319,7 @@ async def test_a_word_about_a_hold_that_comes_too_late_makes_no_second_replica(r
 
 
 async def served(db: Database) -> ServedModel:
-    (model,) = await endpoints.load_served_models(db)
+    (model,) = (await directory.read(db, utc_now())).models
     return model
 
 
