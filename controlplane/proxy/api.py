@@ -83,7 +83,7 @@ class Proxy:
         self._is_stopping = False
         self._next_tick: asyncio.TimerHandle | None = None
         self._usage = Usage(db, worker)
-        self._limits = Limits(db, worker, tally=self._usage.tally)
+        self._limits = Limits(db, worker, tally=self._usage.tally, before=self._usage.flush_if_due)
         self._directory = Directory(
             db,
             refresh_seconds=options.refresh_seconds,
@@ -155,7 +155,7 @@ class Proxy:
             first = tasks.create_task(self._read_first())
             await asyncio.wait([first], timeout=_FIRST_READ_SECONDS)
             _collect_seldom()
-            duties = (self._directory.run, self._limits.run, self._usage.run, self._pressure.run)
+            duties = (self._directory.run, self._limits.run, self._pressure.run)
             background = [first, *(tasks.create_task(duty()) for duty in duties)]
             self._tick()
             await send({"type": "lifespan.startup.complete"})

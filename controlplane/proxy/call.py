@@ -35,6 +35,7 @@ from controlplane.proxy.errors import (
 )
 from controlplane.proxy.request import Asked, Request, asks_for_usage, read_asked, with_usage_asked_for
 from controlplane.proxy.tokens import (
+    USAGE,
     BodyReader,
     EventReader,
     TokenCount,
@@ -388,6 +389,17 @@ class Call:
         elif self._reader is not None:
             self._reader.feed(piece)
         self._client.write(b"%x\r\n%b\r\n" % (len(piece), piece) if self._is_chunked else piece)
+
+    def chunk_came(self, chunk: bytes) -> bool:
+        """One that can be passed on as it is, if it says nothing of usage."""
+        events = self._events
+        if self._phase is not _ANSWERING or not self._is_chunked or events is None or events.tail or USAGE in chunk:
+            return False
+        events.is_inside = False
+        self._heard_at = self._plane.now
+        self._pieces += 1
+        self._client.write(chunk)
+        return True
 
     def answer_ended(self, last: bytes) -> None:
         """The answer is whole; `last` is what of it was not told yet."""

@@ -18,7 +18,7 @@ _LARGEST_READ_WHOLE = 65536
 _LONGEST_EVENT = 65536  # a longer one is passed on unread
 _ABSENT = msgspec.Raw()
 _UNREADABLE = (msgspec.MsgspecError, ValueError, RecursionError)  # the last one: nested too deeply
-_USAGE = b'"usage"'
+USAGE = b'"usage"'
 _END_OF_EVENT = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 
 
@@ -133,7 +133,7 @@ class BodyReader:
         if len(self._tail) == self._size:
             self.tokens = tokens_of(self._tail)
             return
-        at = self._tail.rfind(_USAGE)
+        at = self._tail.rfind(USAGE)
         start = self._tail.find(b"{", at)
         if at < 0 or start < 0:
             return
@@ -162,7 +162,7 @@ class EventReader:
         """What of the stream may be passed on now."""
         if not self.tail and piece.endswith(b"\n\n"):
             self.is_inside = False
-            return self._read(piece) if _USAGE in piece else piece
+            return self._read(piece) if USAGE in piece else piece
         piece = self.tail + piece
         cut = _end_of_last_event(piece)
         if cut:
@@ -172,11 +172,11 @@ class EventReader:
             self.is_inside = True
         self.tail = piece[cut:]
         piece = piece[:cut]
-        return self._read(piece) if _USAGE in piece else piece
+        return self._read(piece) if USAGE in piece else piece
 
     def _read(self, events: bytes) -> bytes:
         """Look at the events that speak of usage, which are few, and leave out what is hidden."""
-        at = events.find(_USAGE)
+        at = events.find(USAGE)
         while at >= 0:
             start = _end_of_last_event(events[:at])
             match = _END_OF_EVENT.search(events, at)
@@ -184,7 +184,7 @@ class EventReader:
             if self._is_to_hide(events[start:end]):
                 events = events[:start] + events[end:]
                 end = start
-            at = events.find(_USAGE, end)
+            at = events.find(USAGE, end)
         return events
 
     def _is_to_hide(self, event: bytes) -> bool:

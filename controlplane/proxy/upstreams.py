@@ -58,6 +58,8 @@ class Caller(Protocol):
 
     def body_came(self, piece: bytes) -> None: ...
 
+    def chunk_came(self, chunk: bytes) -> bool: ...  # one of events, whole; False: it shall be told as body
+
     def answer_ended(self, last: bytes) -> None: ...
 
     def upstream_lost(self) -> None: ...
@@ -157,6 +159,7 @@ class UpstreamConnection(asyncio.Protocol):
     __slots__ = (
         "_has_begun",
         "_has_ended",
+        "_is_between",
         "_is_overrun",
         "_is_reusable",
         "_is_told",
@@ -181,6 +184,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.is_sending = False  # the request is not whole yet
         self.head = Head()
         self._has_begun = self._has_ended = self._is_told = self._is_reusable = self._is_overrun = False
+        self._is_between = False  # two chunks: what comes next begins one
         self._pieces: list[bytes] = []
         self.on_body = self._pieces.append  # the parser calls this one at every piece: no frame of Python's
         self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
@@ -190,7 +194,7 @@ class UpstreamConnection(asyncio.Protocol):
     def send(self, caller: Caller, request: bytes) -> None:
         self.caller = caller
         self.head = Head()
-        self._has_begun = self._has_ended = self._is_told = False
+        self._has_begun = self._has_ended = self._is_told = self._is_between = False
         self.transport.write(request)
 
     def abandon(self) -> None:
@@ -211,6 +215,9 @@ class UpstreamConnection(asyncio.Protocol):
         if caller is None or parser is None:
             self.transport.abort()  # nothing was asked
             return
+        # Most of what a stream brings. The parser is between two chunks before and after it, so need not see it.
+        if self._is_between and wire.is_chunk_of_events(data) and caller.chunk_came(data):
+            return
         try:
             parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
@@ -229,6 +236,9 @@ class UpstreamConnection(asyncio.Protocol):
                 return
         pieces = self._pieces
         piece = pieces.pop() if pieces else b""
+        # What follows a piece is the end of its chunk, or would be a part of it; and neither the size of another one
+        # nor the end of the answer ends like this.
+        self._is_between = piece.endswith(b"\n\n") and data.endswith(b"\n\n\r\n")
         if pieces:
             piece = b"".join(pieces) + piece
             pieces.clear()

@@ -49,6 +49,21 @@ def chunk(piece: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(piece), piece)
 
 
+_LONGEST_EVENTS = 2048  # that a chunk is recognised of at once
+_END_OF_EVENTS = b"\n\n"
+# how a chunk begins, by the bytes it has in all
+_BEGINNINGS = {len(chunk(bytes(size))): b"%x\r\n" % size for size in range(len(_END_OF_EVENTS), _LONGEST_EVENTS)}
+
+
+def is_chunk_of_events(data: bytes) -> bool:
+    """Whether this is one whole chunk, as `chunk` writes it, and what is in it ends as an event does.
+
+    To be asked only where a chunk begins. False: it has to be taken apart to know.
+    """
+    beginning = _BEGINNINGS.get(len(data))
+    return beginning is not None and data.startswith(beginning) and data.endswith(b"\n\n\r\n")
+
+
 def without_named(header_lines: list[bytes], hops: bytes) -> list[bytes]:
     """Without those that a `Connection` header of this value names: they, too, belong to its connection.
 

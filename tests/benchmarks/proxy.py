@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,8 @@ FULL = (
 class Sizes:
     """How much is measured; the smallest proves that the tool works, and no more."""
 
-    streams: Callable[[int], int] = lambda connections: 3 if connections < 500 else 2  # by each connection
+    # by each connection; a single one's cost is small beside what else happens, and must be measured for longer
+    streams: Callable[[int], int] = lambda connections: 8 if connections == 1 else 3 if connections < 500 else 2
     interval_ms: float = 100
     burst_interval_ms: float = 20
     chunks: int = 32
@@ -125,6 +126,26 @@ def measure(round_number: int, scenario: str, subject: Subject, up: Upstreams, s
     )
 
 
+def measure_all(
+    round_number: int, scenario: str, subjects: Sequence[Subject], up: Upstreams, sizes: Sizes
+) -> Iterator[Measurement]:
+    """One after another, and of each what it uses meanwhile, while others are measured."""
+    resting = {subject.name: (0.0, 0.0) for subject in subjects}  # CPU seconds, in how many seconds
+    found = []
+    for subject in subjects:
+        others = [(other.name, other.process) for other in subjects if other is not subject and other.process]
+        began, before = time.monotonic(), [process.cpu_seconds() for _, process in others]
+        one = measure(round_number, scenario, subject, up, sizes)
+        for (name, process), had in zip(others, before, strict=True):
+            used, seconds = resting[name]
+            resting[name] = used + process.cpu_seconds() - had, seconds + time.monotonic() - began
+        found.append(one)
+        _say(one)
+    for one in found:
+        used, seconds = resting[one.proxy]
+        yield replace(one, resting_cpu_share=used / seconds if seconds else 0.0)
+
+
 def measure_idle(round_number: int, subjects: Sequence[Subject], sizes: Sizes) -> list[Measurement]:
     """What each proxy uses while nobody asks, all at the same time."""
     processes = [(subject.name, subject.process) for subject in subjects if subject.process]
@@ -164,10 +185,7 @@ def all_rounds(
             if scenario == IDLE:
                 found += measure_idle(number, subjects, sizes)
                 continue
-            for subject in rng.sample(subjects, len(subjects)):
-                one = measure(number, scenario, subject, up, sizes)
-                found.append(one)
-                _say(one)
+            found += measure_all(number, scenario, rng.sample(subjects, len(subjects)), up, sizes)
     order = {subject.name: place for place, subject in enumerate(subjects)}
     return Results(sorted(found, key=lambda one: (one.round, scenarios.index(one.scenario), order[one.proxy])))
 

@@ -13,6 +13,7 @@ from statistics import median
 
 DIRECT, NGINX, OURS = "direct", "nginx", "controlplane"
 IDLE = "idle"  # the scenario in which nobody asks
+ONE_STREAM = "paced-1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +33,16 @@ class Measurement:
     e2e_p99_ms: float
     pss_bytes: int
     first_fault: str = ""
+    resting_cpu_share: float = 0.0  # what it used while others were measured in this scenario and round
 
     @property
     def cpu_per_request(self) -> float:
         return self.cpu_seconds / self.good if self.good else math.nan
 
-    def cpu_per_request_over(self, idle_cpu_share: float) -> float:
-        """Without what the proxy uses by itself all the time, which at one stream is more than the stream costs."""
-        return (self.cpu_seconds - idle_cpu_share * self.seconds) / self.good if self.good else math.nan
+    @property
+    def cpu_per_request_added(self) -> float:
+        """Without what the proxy uses by itself all the time, which beside one stream is much."""
+        return (self.cpu_seconds - self.resting_cpu_share * self.seconds) / self.good if self.good else math.nan
 
     @property
     def requests_per_second(self) -> float:
@@ -76,13 +79,10 @@ class Results:
         return _median(how(of(one), bases[one.round]) for one in self.of(scenario, proxy) if one.round in bases)
 
     def cpu_ratio(self, scenario: str, proxy: str, to: str) -> float:
-        """CPU per request against another proxy's, and of a single stream what it adds to the idle proxy's."""
+        """CPU per request against another proxy's, and of a single stream what it adds to the resting proxy's."""
 
         def of(one: Measurement) -> float:
-            idle = self.of(IDLE, one.proxy) if scenario == "paced-1" else []
-            return one.cpu_per_request_over(
-                _median(other.cpu_seconds / other.seconds for other in idle) if idle else 0.0
-            )
+            return one.cpu_per_request_added if scenario == ONE_STREAM else one.cpu_per_request
 
         return self.compared(scenario, proxy, to, of, ratio)
 

@@ -5,7 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from tests.benchmarks.tables import DIRECT, IDLE, NGINX, OURS, Measurement, Results, cheaper_than_each, table, verdicts
+from tests.benchmarks.tables import (
+    DIRECT,
+    NGINX,
+    ONE_STREAM,
+    OURS,
+    Measurement,
+    Results,
+    cheaper_than_each,
+    table,
+    verdicts,
+)
 
 ONE = Measurement(
     round=1,
@@ -62,10 +72,11 @@ def test_without_a_single_answer_no_bound_is_kept() -> None:
     assert len(missed(DIRECTLY, ONE, nothing)) == 4
 
 
-def test_of_a_single_stream_only_what_it_adds_to_an_idle_proxy_counts() -> None:
-    idle = [replace(one, scenario=IDLE, good=0, cpu_seconds=0.5 * one.cpu_seconds) for one in (ONE, OUR_OWN)]
-    one_stream = [replace(ONE, scenario="paced-1"), replace(OUR_OWN, scenario="paced-1", cpu_seconds=1.1)]
-    assert math.isclose(Results([*idle, *one_stream]).cpu_ratio("paced-1", OURS, NGINX), 1.0)
+def test_of_a_single_stream_only_what_it_adds_to_a_resting_proxy_counts() -> None:
+    assert (ONE.cpu_seconds, OUR_OWN.cpu_seconds) == (1.0, 1.2)
+    nginx = replace(ONE, scenario=ONE_STREAM)
+    ours = replace(OUR_OWN, scenario=ONE_STREAM, resting_cpu_share=0.45 / OUR_OWN.seconds)
+    assert math.isclose(Results([nginx, ours]).cpu_ratio(ONE_STREAM, OURS, NGINX), 0.75)
 
 
 def test_the_table_has_a_column_for_each_proxy_and_direct_first() -> None:
