@@ -114,7 +114,7 @@ class Proxy:
         self.protocol = partial(ClientConnection, plane=self._plane)
         """What uvicorn shall make of each connection: its `http`."""
         metrics.directory_age_seconds = self._directory.age_seconds
-        metrics.held_requests = lambda: {**self._rooms.queued, **self._rooms.held}  # no model is in both
+        metrics.held_requests = lambda: self._rooms.waiting
         metrics.limited_requests = lambda: self._limits.refused
         metrics.usage_lost = lambda: {"requests": self._usage.lost_requests, "tokens": self._usage.lost_tokens}
         metrics.upstream_connections = upstreams.connections

@@ -56,7 +56,7 @@ class HeldPressure:
     async def run(self) -> None:
         while True:
             pause = await self._turn()
-            self._is_resting = not self._told and self._rooms.are_empty
+            self._is_resting = not self._told and not any(self._rooms.waiting.values())
             if not self._is_resting:
                 pause = min(pause, _TICK_SECONDS)
             try:

@@ -315,9 +315,9 @@ class WaitingRooms:
         return {name: room.seats.waiting for name, room in self._rooms.items() if room.seats.waiting and room.endpoints}
 
     @property
-    def are_empty(self) -> bool:
-        """Nobody waits, for any model."""
-        return not any(room.seats.waiting for room in self._rooms.values())
+    def waiting(self) -> Mapping[str, int]:
+        """How many wait for either, by model: of every model that is known."""
+        return {name: room.seats.waiting for name, room in self._rooms.items()}
 
     def asks(self, now: float) -> dict[str, Waits]:
         """Which models ask for a replica: what is held does at once, a queue when it has lasted."""

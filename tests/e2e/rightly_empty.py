@@ -26,7 +26,6 @@ NEVER: Mapping[str, str] = {
 }
 """What does not happen in the demo."""
 
-_HELD = "a proxy tells of requests that it holds while it does: for seconds, at first"
 _NOW_AND_THEN = "nothing has to go wrong, but on a busy machine it may"
 
 SOMETIMES: Mapping[str, str] = {
@@ -35,13 +34,8 @@ SOMETIMES: Mapping[str, str] = {
     "controlplane-control-plane / slurmrestd: calls that failed": _NOW_AND_THEN,
     "controlplane-fleet / Alerts that fire": "the story ends when its last alert is about to be resolved",
     "controlplane-fleet / Errors by code": _NOW_AND_THEN,
-    "controlplane-fleet / Demand / C": _HELD,
-    "controlplane-fleet / Held in proxies / A": _HELD,
-    "controlplane-fleet / Models / C": _HELD,
-    "controlplane-model / Running and waiting / C": _HELD,
     "controlplane-model / What went wrong / B": "clients of the demo leave when they have their answer",
     "controlplane-model / What went wrong / C": _NOW_AND_THEN,
     "controlplane-tenants / Not answered well, by tenant and status": _NOW_AND_THEN,
-    "controlplane-tenants / Requests that wait, by model / A": _HELD,
 }
 """What is over, or has not begun, whenever the queries happen to be run."""

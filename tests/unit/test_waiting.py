@@ -352,6 +352,28 @@ def test_a_model_that_comes_back_is_served_again_and_its_old_seats_can_be_given_
 # --- what is asked for -------------------------------------------------------------------------------------
 
 
+def test_of_a_model_that_is_known_it_is_told_that_nobody_waits() -> None:
+    rig = a_rig()
+    assert rig.rooms.waiting == {}
+    rig.follow(NONE)
+    assert rig.rooms.waiting == {MODEL: 0}
+
+
+def test_whoever_rests_until_somebody_waits_hears_of_a_queue() -> None:
+    rig = a_rig(seats=1)
+    queues: list[float] = []
+    rig.rooms.on_queue = lambda: queues.append(rig.time.now)
+    rig.follow(ONE)
+    first = rig.visit()
+    assert queues == []
+    rig.visit()
+    rig.visit()
+    assert queues == [0.0]
+    rig.time.pass_(1)
+    rig.leave(first)
+    assert queues == [0.0], "it is the same queue still"
+
+
 def test_a_hold_asks_for_a_replica_at_once_and_a_queue_when_it_has_lasted() -> None:
     rig = a_rig(seats=1)
     changes: list[float] = []
@@ -361,10 +383,10 @@ def test_a_hold_asks_for_a_replica_at_once_and_a_queue_when_it_has_lasted() -> N
     rig.visit()
     assert changes == [0.0]
     assert rig.rooms.asks(0.0) == {MODEL: Waits(held=2)}
-    assert (rig.rooms.held, rig.rooms.queued) == ({MODEL: 2}, {})
+    assert (rig.rooms.held, rig.rooms.queued, rig.rooms.waiting) == ({MODEL: 2}, {}, {MODEL: 2})
     rig.time.pass_(10)
     rig.follow(ONE)
-    assert (rig.rooms.held, rig.rooms.queued) == ({}, {MODEL: 1})
+    assert (rig.rooms.held, rig.rooms.queued, rig.rooms.waiting) == ({}, {MODEL: 1}, {MODEL: 1})
     assert rig.rooms.asks(14.9) == {}
     assert rig.rooms.asks(15.0) == {MODEL: Waits(queued=1)}
 
