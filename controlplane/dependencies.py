@@ -21,7 +21,6 @@ from controlplane.web import Part, PartStatus
 _DATABASE_SECONDS = 10.0  # while all is well: what needs it notices earlier, and says so
 _DATABASE_AWAY_SECONDS = 2.0
 _POOL_SECONDS = 0.5  # all its connections may be in use
-_PATIENCE_SECONDS = 5.0  # a server that is frozen takes what it is asked, and says nothing
 _SLURM_SECONDS = 10.0
 
 
@@ -63,7 +62,7 @@ class DatabaseWatch:
     async def _missing(self) -> list[str]:
         """Raises DatabaseError, with the reason."""
         try:
-            return await missing_migrations(self._db, timeout_seconds=_POOL_SECONDS, patience_seconds=_PATIENCE_SECONDS)
+            return await missing_migrations(self._db, timeout_seconds=_POOL_SECONDS)
         except DbUnavailable:  # the pool cannot say why; a new connection costs too much to ask by one each time
             await self._db.ping()
             return await missing_migrations(self._db)

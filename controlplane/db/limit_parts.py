@@ -80,13 +80,15 @@ async def _look_round(connection: Connection, worker: str, budgeted: Sequence[st
         WITH own AS (
             INSERT INTO proxy_workers (worker, seen_at) VALUES (%(worker)s, clock_timestamp())
             ON CONFLICT (worker) DO UPDATE SET seen_at = excluded.seen_at
+            RETURNING xmax = 0 AS has_joined
         ), said AS (
             DELETE FROM limit_parts WHERE worker = %(worker)s
                AND NOT EXISTS (SELECT FROM proxy_workers WHERE worker <> %(worker)s)
         ), this AS (
             SELECT date_trunc('month', clock_timestamp() AT TIME ZONE 'UTC')::date AS month
         )
-        SELECT month, EXISTS (SELECT FROM proxy_workers WHERE worker <> %(worker)s) AS has_others,
+        SELECT month, (SELECT has_joined FROM own) AS has_joined,
+               EXISTS (SELECT FROM proxy_workers WHERE worker <> %(worker)s) AS has_others,
                (SELECT jsonb_object_agg(tenant, tokens) FROM tenant_months
                  WHERE tenant_months.month = this.month AND tenant = ANY (%(budgeted)s)) AS tokens
           FROM this
@@ -95,6 +97,8 @@ async def _look_round(connection: Connection, worker: str, budgeted: Sequence[st
     )
     row = await cursor.fetchone()
     assert row is not None
+    if row["has_joined"]:  # it had been forgotten
+        await _announce(connection)
     return None if row["has_others"] else Exchanged(1, {}, row["month"], row["tokens"] or {})
 
 
@@ -109,7 +113,7 @@ async def _hear(connection: Connection, worker: str, budgeted: Sequence[str]) ->
     )
     [said] = await cursor.fetchall()
     if said["has_joined"]:
-        await connection.execute("SELECT pg_notify(%s, '')", (WORKERS_CHANNEL,))
+        await _announce(connection)
     await connection.execute(
         "DELETE FROM proxy_workers WHERE seen_at < clock_timestamp() - make_interval(secs => %s)", (LIVE_SECONDS,)
     )
@@ -141,6 +145,10 @@ async def _hear(connection: Connection, worker: str, budgeted: Sequence[str]) ->
         )
         tokens = {one["tenant"]: one["tokens"] for one in await cursor.fetchall()}
     return Exchanged(row["workers"], others, row["month"], tokens)
+
+
+async def _announce(connection: Connection) -> None:
+    await connection.execute("SELECT pg_notify(%s, '')", (WORKERS_CHANNEL,))
 
 
 async def _say(connection: Connection, worker: str, own: Own) -> None:

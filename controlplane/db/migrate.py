@@ -35,15 +35,13 @@ def migrate(url: str) -> list[str]:
         return [migration.id for migration in missing]
 
 
-async def missing_migrations(
-    db: Database, *, timeout_seconds: float | None = None, patience_seconds: float | None = None
-) -> list[str]:
+async def missing_migrations(db: Database, *, timeout_seconds: float | None = None) -> list[str]:
     """Ids of the migrations that this version has and the database lacks. Raises DbUnavailable.
 
     Read from what yoyo has written down: takes no lock, so that it can be asked at any time.
     """
     applied: set[str] = set()
-    async with db.connection(timeout_seconds=timeout_seconds, patience_seconds=patience_seconds) as connection:
+    async with db.connection(timeout_seconds=timeout_seconds) as connection:
         try:
             cursor = await connection.execute("SELECT migration_id FROM _yoyo_migration")
             applied = {one["migration_id"] for one in await cursor.fetchall()}

@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-import select
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
@@ -75,7 +74,7 @@ class Database:
             timeout=options.timeout_seconds,
             reconnect_timeout=0,
             open=False,
-            check=self._check_if_it_speaks,
+            check=self._check,
             kwargs=self._arguments(),
             name=options.application_name,
         )
@@ -94,20 +93,16 @@ class Database:
         await self.close()
 
     @asynccontextmanager
-    async def connection(
-        self, *, timeout_seconds: float | None = None, patience_seconds: float | None = None
-    ) -> AsyncIterator[Connection]:
+    async def connection(self, *, timeout_seconds: float | None = None) -> AsyncIterator[Connection]:
         """One connection, committing by itself. Raises DbUnavailable, Duplicate, DatabaseError.
 
-        `timeout_seconds`: to wait for one; None: as long as the options say. `patience_seconds`: for all that is done
-        with it; None: somewhat longer than the server lets a statement run.
+        `timeout_seconds`: to wait for one; None: as long as the options say.
         """
         asked = _cancellations()
-        patience = patience_seconds or self._options.statement_timeout_seconds + self._options.timeout_seconds
         async with _translated(), self._pool.connection(timeout_seconds) as connection:
             if _cancellations() > asked:
                 raise asyncio.CancelledError
-            with _patience(connection, patience):
+            with _patience(connection, self._options.statement_timeout_seconds + self._options.timeout_seconds):
                 yield connection
 
     @asynccontextmanager
@@ -142,17 +137,6 @@ class Database:
             async with aclosing(_notified(connection)) as notified:  # the loop lets go of the socket while it is open
                 async for channel in notified:
                     yield channel
-
-    async def _check_if_it_speaks(self, connection: Connection) -> None:
-        """Before each use: costs no journey to the server where nothing is wrong.
-
-        A server that closes a connection says so on it, and nothing else comes unasked but a notice now and then. One
-        that is frozen is found out by patience.
-        """
-        looking = select.poll()
-        looking.register(connection.fileno(), select.POLLIN)
-        if looking.poll(0):
-            await self._check(connection)
 
     async def _check(self, connection: Connection) -> None:
         with _patience(connection, self._options.timeout_seconds):

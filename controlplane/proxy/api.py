@@ -81,9 +81,8 @@ class Proxy:
         self._metrics = metrics
         self._scrape = scrape
         self._is_stopping = False
-        self._next_tick: asyncio.TimerHandle | None = None
         self._usage = Usage(db, worker)
-        self._limits = Limits(db, worker, tally=self._usage.tally, before=self._usage.flush_if_due)
+        self._limits = Limits(db, worker, tally=self._usage.tally)
         self._directory = Directory(
             db,
             refresh_seconds=options.refresh_seconds,
@@ -155,15 +154,12 @@ class Proxy:
             first = tasks.create_task(self._read_first())
             await asyncio.wait([first], timeout=_FIRST_READ_SECONDS)
             _collect_seldom()
-            duties = (self._directory.run, self._limits.run, self._pressure.run)
+            duties = (self._directory.run, self._limits.run, self._usage.run, self._pressure.run, self._tick)
             background = [first, *(tasks.create_task(duty()) for duty in duties)]
-            self._tick()
             await send({"type": "lifespan.startup.complete"})
             await receive()
             for task in background:
                 task.cancel()
-        if self._next_tick is not None:
-            self._next_tick.cancel()
         self._plane.upstreams.close()
         await self._pressure.close()
         await self._limits.close()
@@ -175,10 +171,10 @@ class Proxy:
         if await self._directory.refresh():
             await self._limits.exchange()  # how much of the month is spent
 
-    def _tick(self) -> None:
-        """Now, and from now on. A task that sleeps would wake the process twice each time."""
-        self._next_tick = asyncio.get_running_loop().call_later(self._options.tick_seconds, self._tick)
-        self._plane.tick()
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(self._options.tick_seconds)
+            self._plane.tick()
 
     def _follow(self, snapshot: Snapshot) -> None:
         upstreams = self._plane.upstreams.follow(snapshot.endpoints)

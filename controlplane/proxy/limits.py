@@ -22,7 +22,7 @@ import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from datetime import date
 
 from loguru import logger
@@ -80,8 +80,7 @@ class Grant:
 class Limits:
     """Give it what the directory says (`follow`), keep `run` running, and `close` it at the end.
 
-    `tally` is how it learns what the month's budget was used for since it was last read: `Usage.tally`. `before` each
-    exchange is awaited: what else is to be told to the database then costs a process that sleeps least.
+    `tally` is how it learns what the month's budget was used for since it was last read: `Usage.tally`.
     `expected_workers`: how many are assumed until the first exchange.
     """
 
@@ -91,7 +90,6 @@ class Limits:
         worker: str,
         *,
         tally: Tally,
-        before: Callable[[], Awaitable[None]] | None = None,
         expected_workers: int = 1,
         clock: Callable[[], float] = time.monotonic,
         today: Callable[[], date] = lambda: utc_now().date(),
@@ -99,7 +97,6 @@ class Limits:
         self._db = db
         self._worker = worker
         self._tally = tally
-        self._before = before
         self._clock = clock
         self._tenants: dict[str, _Tenant] = {}
         self._wake = asyncio.Event()
@@ -154,8 +151,6 @@ class Limits:
     async def run(self) -> None:
         """Exchange until cancelled."""
         while True:
-            if self._before is not None:
-                await self._before()
             await self.exchange()
             await asyncio.sleep(_LEAST_GAP_SECONDS)
             try:

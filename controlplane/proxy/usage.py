@@ -11,7 +11,6 @@ others is not kept at all, and counted as lost. `close` stores what is left, or 
 from __future__ import annotations
 
 import asyncio
-import time
 from dataclasses import dataclass, field
 from datetime import date
 
@@ -37,7 +36,7 @@ class _Batch:
 
 
 class Usage:
-    """`flush_if_due` now and then, and `close` it at the end. `worker`: a name that no other process ever has."""
+    """Keep `run` running, and `close` it at the end. `worker`: a name that no other process ever has."""
 
     def __init__(self, db: Database, worker: str, options: UsageOptions | None = None) -> None:
         self._db = db
@@ -48,7 +47,6 @@ class Usage:
         self._number = 0
         self._one_at_a_time = asyncio.Lock()
         self._is_failing = False
-        self._flushed_at = time.monotonic()
         self._month = date.min
         self._recorded: dict[str, int] = {}  # tokens of the month, by tenant
         self._stored: dict[str, int] = {}
@@ -94,11 +92,10 @@ class Usage:
             return 0, 0
         return self._recorded.get(tenant, 0), self._stored.get(tenant, 0)
 
-    async def flush_if_due(self) -> None:
-        """Call it every second or so. It is due every few seconds."""
-        now = time.monotonic()
-        if now - self._flushed_at >= self._options.flush_seconds:
-            self._flushed_at = now
+    async def run(self) -> None:
+        """Store until cancelled."""
+        while True:
+            await asyncio.sleep(self._options.flush_seconds)
             await self.flush()
 
     async def flush(self) -> bool:

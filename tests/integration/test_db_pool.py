@@ -91,7 +91,7 @@ async def test_who_waits_for_a_frozen_server_is_told_that_it_is_away(database_ur
 
 
 async def test_an_idle_connection_to_a_frozen_process_is_exchanged(database_url: str) -> None:
-    options = DatabaseOptions(database_url, max_connections=1, timeout_seconds=1, statement_timeout_seconds=1)
+    options = DatabaseOptions(database_url, max_connections=1, timeout_seconds=5)
     async with Database(options) as db, asyncio.timeout(60), AsyncExitStack() as stack:
         async with db.connection() as connection:
             frozen = await stack.enter_async_context(frozen_backend(connection))
@@ -101,20 +101,10 @@ async def test_an_idle_connection_to_a_frozen_process_is_exchanged(database_url:
                 async with db.connection() as connection:
                     row = await (await connection.execute("SELECT pg_backend_pid() AS pid")).fetchone()
             except DbUnavailable:
-                return False  # patience with the frozen one has ended, and with it that connection
+                return False  # the time to get one was spent on looking at the frozen one
             return row is not None and row["pid"] != frozen
 
         await eventually(another, timeout_seconds=30)
-
-
-async def test_a_connection_that_the_server_has_closed_is_given_to_nobody(database_url: str) -> None:
-    async with Database(DatabaseOptions(database_url, max_connections=1)) as db:
-        for _ in range(3):
-            async with db.connection() as connection:
-                row = await (await connection.execute("SELECT pg_backend_pid() AS pid")).fetchone()
-            assert row is not None
-            async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as other:
-                await other.execute("SELECT pg_terminate_backend(%s, 5000)", (row["pid"],))
 
 
 async def test_who_stops_listening_in_the_middle_leaves_nothing_behind_in_the_event_loop(

@@ -25,15 +25,11 @@ class Door(Database):
         self._stage = stage
 
     @asynccontextmanager
-    async def connection(
-        self, *, timeout_seconds: float | None = None, patience_seconds: float | None = None
-    ) -> AsyncIterator[Connection]:
+    async def connection(self, *, timeout_seconds: float | None = None) -> AsyncIterator[Connection]:
         async with self._stage.step(self._process, "db", _caller(inspect.currentframe())) as (fate, _):
             if fate is Fate.DB_AWAY:
                 raise DbUnavailable("the server closed the connection unexpectedly")
-            async with self._real.connection(
-                timeout_seconds=timeout_seconds, patience_seconds=patience_seconds
-            ) as connection:
+            async with self._real.connection(timeout_seconds=timeout_seconds) as connection:
                 yield connection
             if fate is Fate.DB_CUT:
                 raise DbUnavailable("the server closed the connection unexpectedly")
