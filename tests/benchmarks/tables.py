@@ -33,6 +33,7 @@ class Measurement:
     e2e_p99_ms: float
     pss_bytes: int
     first_fault: str = ""
+    cpu_window_seconds: float = 0.0  # in which `cpu_seconds` were used: the load's, and what came after it
     resting_cpu_share: float = 0.0  # what it used while others were measured in this scenario and round
 
     @property
@@ -41,8 +42,9 @@ class Measurement:
 
     @property
     def cpu_per_request_added(self) -> float:
-        """Without what the proxy uses by itself all the time, which beside one stream is much."""
-        return (self.cpu_seconds - self.resting_cpu_share * self.seconds) / self.good if self.good else math.nan
+        """Without what the proxy uses by itself all the time, which beside one stream is much; NaN if that is all."""
+        added = self.cpu_seconds - self.resting_cpu_share * self.cpu_window_seconds
+        return added / self.good if self.good and added > 0.0 else math.nan
 
     @property
     def requests_per_second(self) -> float:

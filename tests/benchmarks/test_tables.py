@@ -75,8 +75,10 @@ def test_without_a_single_answer_no_bound_is_kept() -> None:
 def test_of_a_single_stream_only_what_it_adds_to_a_resting_proxy_counts() -> None:
     assert (ONE.cpu_seconds, OUR_OWN.cpu_seconds) == (1.0, 1.2)
     nginx = replace(ONE, scenario=ONE_STREAM)
-    ours = replace(OUR_OWN, scenario=ONE_STREAM, resting_cpu_share=0.45 / OUR_OWN.seconds)
+    ours = replace(OUR_OWN, scenario=ONE_STREAM, cpu_window_seconds=9.0, resting_cpu_share=0.05)
     assert math.isclose(Results([nginx, ours]).cpu_ratio(ONE_STREAM, OURS, NGINX), 0.75)
+    nothing = replace(ours, resting_cpu_share=0.2)
+    assert math.isnan(Results([nginx, nothing]).cpu_ratio(ONE_STREAM, OURS, NGINX)), "less than nothing is no result"
 
 
 def test_the_table_has_a_column_for_each_proxy_and_direct_first() -> None:

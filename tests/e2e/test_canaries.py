@@ -56,6 +56,7 @@ async def test_a_running_replica_shows_its_secret_to_nobody(plant: Plant) -> Non
         said["the script"] = slurm.run("scontrol", "write", "batch_script", job_id, "-")
         said["arguments"] = "\n".join(command_lines().values())
         said["the job's log"] = await eventually(lambda: _log_of(slurm, replica.name))
+        plant.kill("control")  # or it would replace what is cancelled, and leave a job to the next test
         slurm.run("scancel", job_id)
     for name in ("control", "proxy"):
         said[f"log of {name}"] = plant.children.log_file(name).read_text()

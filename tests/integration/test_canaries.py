@@ -192,8 +192,8 @@ def ask_the_proxy(life: Life, serve: Serve) -> None:
             assert answer.status_code == 200, answer.text
             assert secret["answer"] in answer.text
             client.post(chat, headers=good, json={**body, "model": "refuses"})  # the engine's words are its own
-            with suppress(httpx.RemoteProtocolError):
-                client.post(chat, headers=good, json={**body, "model": "breaks"})
+            with suppress(httpx.RemoteProtocolError):  # after it the proxy closes the connection: none is used again
+                client.post(chat, headers={**good, "connection": "close"}, json={**body, "model": "breaks"})
             for model in ("jobs", "mute", "no-such-model", None, 5):
                 refused(json={**body, "model": model})
             refused(headers={"authorization": f"Bearer {life.client_keys[1]}"}, json={**body, "model": "refuses"})

@@ -13,7 +13,7 @@ from loguru import logger
 
 from controlplane.clock import utc_now
 from controlplane.core.types import TenantLimits
-from controlplane.db import Database, DatabaseOptions, keys, tenants, usage
+from controlplane.db import WORKERS_CHANNEL, Database, DatabaseOptions, keys, tenants, usage
 from controlplane.proxy.directory import Directory
 from controlplane.proxy.errors import ApiError
 from controlplane.proxy.limits import Grant, Limits
@@ -292,6 +292,34 @@ async def test_run_exchanges_by_itself_and_sooner_when_a_part_is_used_up(db: Dat
 
 
 # --- how workers hear of it --------------------------------------------------------------------------------
+
+
+async def test_a_worker_that_is_alone_hears_at_once_of_one_that_joins(db: Database) -> None:
+    one, two = (Limits(db, name, tally=Usage(db, name).tally) for name in ("w0", "w1"))
+    directory = Directory(db, refresh_seconds=60.0, on_read=lambda _: None, on_worker=one.worker_joined)
+    async with AsyncExitStack() as stack:
+        for duty in (one.run, directory.run):
+            stack.callback(asyncio.create_task(duty()).cancel)
+        await eventually(lambda: directory.snapshot is not None)
+        assert await one.exchange()
+        assert one.workers == 1
+        assert await two.exchange()
+        await eventually(lambda: one.workers == 2, timeout_seconds=1)
+
+
+async def test_a_worker_that_was_forgotten_while_it_was_alone_says_that_it_has_joined(db: Database) -> None:
+    one, two = (Limits(db, name, tally=Usage(db, name).tally) for name in ("w0", "w1"))
+    assert await one.exchange()
+    async with db.connection() as connection:
+        await connection.execute("DELETE FROM proxy_workers")
+    assert await two.exchange()
+    assert (one.workers, two.workers) == (1, 1)
+    async with asyncio.timeout(10):
+        async for channel in db.listen(WORKERS_CHANNEL):
+            if channel == WORKERS_CHANNEL:
+                break
+            assert await one.exchange()
+    assert one.workers == 2
 
 
 async def test_new_limits_and_revoked_keys_reach_every_directory_within_a_second(db: Database) -> None:
