@@ -76,7 +76,7 @@ async def revoke(db: Database, prefix: str, now: datetime, *, actor: str) -> Api
 
 
 def keys_of(rows: list[DictRow]) -> tuple[ApiKey, ...]:
-    """What `ACTIVE` has found."""
+    """What a query of `_COLUMNS` has found, such as `ACTIVE`."""
     return tuple(_api_key(row) for row in rows)
 
 

@@ -81,7 +81,7 @@ class HeldPressure:
             self._wake.set()
 
     async def _turn(self) -> float:
-        """Tell, if it is time to. Returns in how many seconds it will be, if nothing happens."""
+        """Tell, if it is time to. Returns in how many seconds to look again, if nothing happens."""
         now = self._clock()
         asks = self._rooms.asks(now)
         asked = {model: bool(one.held) for model, one in asks.items()}
@@ -103,11 +103,11 @@ class HeldPressure:
                 logger.warning("held requests cannot be told: no replica is asked for", error=str(error))
             self._is_failing = True
             self._told = None
-            return _RETRY_SECONDS
-        self._is_failing = False
-        self._told = asked
-        if told.raised:
-            logger.info("requests wait: a replica is asked for", models=", ".join(told.raised))
-        if told.resolved:
-            logger.info("no requests wait any more", models=", ".join(told.resolved))
-        return _REFRESH_SECONDS if asked else _IDLE_SECONDS
+        else:
+            self._is_failing = False
+            self._told = asked
+            if told.raised:
+                logger.info("requests wait: a replica is asked for", models=", ".join(told.raised))
+            if told.resolved:
+                logger.info("no requests wait any more", models=", ".join(told.resolved))
+        return _TICK_SECONDS

@@ -238,7 +238,7 @@ class UpstreamConnection(asyncio.Protocol):
         piece = pieces.pop() if pieces else b""
         # What follows a piece is the end of its chunk, or would be a part of it; and neither the size of another one
         # nor the end of the answer ends like this.
-        self._is_between = piece.endswith(b"\n\n") and data.endswith(b"\n\n\r\n")
+        self._is_between = piece.endswith(wire.END_OF_EVENT) and data.endswith(wire.END_OF_CHUNK_OF_EVENTS)
         if pieces:
             piece = b"".join(pieces) + piece
             pieces.clear()

@@ -321,14 +321,11 @@ class WaitingRooms:
 
     def asks(self, now: float) -> dict[str, Waits]:
         """Which models ask for a replica: what is held does at once, a queue when it has lasted."""
-        asking: dict[str, Waits] = {}
-        for name, room in self._rooms.items():
-            if not room.seats.waiting:
-                continue
-            if not room.endpoints:
-                asking[name] = Waits(held=room.seats.waiting)
-            elif room.queued_since is not None and now - room.queued_since >= self._options.queue_pressure_seconds:
-                asking[name] = Waits(queued=room.seats.waiting)
+        asking = {name: Waits(held=count) for name, count in self.held.items()}
+        for name, count in self.queued.items():
+            since = self._rooms[name].queued_since
+            if since is not None and now - since >= self._options.queue_pressure_seconds:
+                asking[name] = Waits(queued=count)
         return asking
 
     def _note_routable(self, room: _Room, now: float) -> None:

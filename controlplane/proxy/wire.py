@@ -49,10 +49,11 @@ def chunk(piece: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(piece), piece)
 
 
+END_OF_EVENT = b"\n\n"
+END_OF_CHUNK_OF_EVENTS = END_OF_EVENT + b"\r\n"
 _LONGEST_EVENTS = 2048  # that a chunk is recognised of at once
-_END_OF_EVENTS = b"\n\n"
 # how a chunk begins, by the bytes it has in all
-_BEGINNINGS = {len(chunk(bytes(size))): b"%x\r\n" % size for size in range(len(_END_OF_EVENTS), _LONGEST_EVENTS)}
+_BEGINNINGS = {len(chunk(bytes(size))): b"%x\r\n" % size for size in range(len(END_OF_EVENT), _LONGEST_EVENTS)}
 
 
 def is_chunk_of_events(data: bytes) -> bool:
@@ -61,7 +62,7 @@ def is_chunk_of_events(data: bytes) -> bool:
     To be asked only where a chunk begins. False: it has to be taken apart to know.
     """
     beginning = _BEGINNINGS.get(len(data))
-    return beginning is not None and data.startswith(beginning) and data.endswith(b"\n\n\r\n")
+    return beginning is not None and data.startswith(beginning) and data.endswith(END_OF_CHUNK_OF_EVENTS)
 
 
 def without_named(header_lines: list[bytes], hops: bytes) -> list[bytes]:

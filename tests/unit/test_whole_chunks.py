@@ -36,13 +36,9 @@ EVENTS = st.sampled_from(
 
 
 class Transport:
-    def __init__(self) -> None:
-        self.is_aborted = False
-
     def write(self, data: bytes) -> None: ...
 
-    def abort(self) -> None:
-        self.is_aborted = True
+    def abort(self) -> None: ...
 
     def close(self) -> None: ...
 
