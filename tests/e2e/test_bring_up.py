@@ -48,8 +48,10 @@ def socket_client(cluster: SlurmCluster) -> httpx.Client:
 
 
 @pytest.fixture
-def job_folder(slurm: SlurmCluster, request: pytest.FixtureRequest) -> Path:
-    return make_job_folder(slurm, request.node.name)
+def job_folder(slurm: SlurmCluster, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """Ends when the job has: one that loses its slurmd in its last moment holds its node for minutes."""
+    yield make_job_folder(slurm, request.node.name)
+    eventually_sync(lambda: not slurm.run("squeue", "--noheader", "--name", "t"), timeout_seconds=30)
 
 
 def make_job_folder(cluster: SlurmCluster, name: str) -> Path:

@@ -58,6 +58,7 @@ async def test_a_running_replica_shows_its_secret_to_nobody(plant: Plant) -> Non
         said["the job's log"] = await eventually(lambda: _log_of(slurm, replica.name))
         plant.kill("control")  # or it would replace what is cancelled, and leave a job to the next test
         slurm.run("scancel", job_id)
+        await eventually(lambda: not slurm.run("squeue", "--noheader", "--name", replica.name), timeout_seconds=60)
     for name in ("control", "proxy"):
         said[f"log of {name}"] = plant.children.log_file(name).read_text()
     assert "fake_vllm" in said["arguments"]
